@@ -427,7 +427,8 @@ class NoJournal(VfioError):
             cause.errno or E.EIO,
             f"cannot keep a journal in {directory}",
             os.strerror(cause.errno or E.EIO),
-            "the environment variable VFIO_STATE_DIR can name another directory",
+            ("run it with sudo" if os.geteuid() else "it is needed to put things back")
+            + "; the environment variable VFIO_STATE_DIR can name another directory",
         )
 
 

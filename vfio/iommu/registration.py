@@ -1,0 +1,86 @@
+"""Memory that this process registered with sPAPR v2 kernels.
+
+Registrations belong to the address space, not to a container: what one container registered, another may map.  So the
+book is kept a process, too, and it counts what the kernel does not tell: memory that is unregistered while a TCE still
+points at it stays pinned, and charged, until the process ends.  Source: arch/powerpc/mm/book3s64/iommu_api.c.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from bisect import bisect_right
+from dataclasses import dataclass, field
+
+from vfio.backend import Backend
+
+
+@dataclass(eq=False)
+class Region:
+    """A registered range of the address space, in bytes."""
+
+    address: int
+    length: int
+    page_size: int
+    """The largest window page that fits it: of the pages behind it, and of its own alignment."""
+    holders: set[object] = field(default_factory=set)
+    """The IOMMUs that registered it; the kernel unpins it with the last."""
+    mapped: int = 0
+    """Mappings of all containers that point into it."""
+
+    @property
+    def end(self) -> int:
+        return self.address + self.length
+
+
+class Registrations:
+    """All registrations of one address space, none overlapping another."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._starts: list[int] = []
+        self._regions: list[Region] = []
+
+    def find(self, address: int, length: int) -> Region | None:
+        """The region that holds all of this range."""
+        n = bisect_right(self._starts, address) - 1
+        if n >= 0 and address + length <= self._regions[n].end:
+            return self._regions[n]
+        return None
+
+    def overlapping(self, address: int, length: int) -> Region | None:
+        """The first region that shares a byte with this range."""
+        n = bisect_right(self._starts, address) - 1
+        for region in self._regions[max(n, 0) : max(n, 0) + 2]:
+            if region.address < address + length and address < region.end:
+                return region
+        return None
+
+    def add(self, region: Region) -> None:
+        n = bisect_right(self._starts, region.address)
+        self._starts.insert(n, region.address)
+        self._regions.insert(n, region)
+
+    def release(self, region: Region, holder: object) -> None:
+        """`holder` has unregistered `region`."""
+        region.holders.discard(holder)
+        if not region.holders and region in self._regions:
+            n = self._regions.index(region)
+            del self._starts[n], self._regions[n]
+
+    def held_by(self, holder: object) -> list[Region]:
+        return [region for region in self._regions if holder in region.holders]
+
+
+_books: weakref.WeakKeyDictionary[Backend, Registrations] = weakref.WeakKeyDictionary()
+_pid = os.getpid()
+
+
+def of(backend: Backend) -> Registrations:
+    """The registrations of this process with the kernel behind `backend`."""
+    global _pid
+    if _pid != os.getpid():  # a forked child has an address space of its own, and nothing registered in it
+        _books.clear()
+        _pid = os.getpid()
+    return _books.setdefault(backend.unwrapped(), Registrations())

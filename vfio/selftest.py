@@ -1,0 +1,162 @@
+"""Does the whole way work: open a device, map memory, move data through every DMA window, take interrupts?
+
+Each step is told as it ends.  Data moves where this library has a driver for the device; else memory is mapped, and
+interrupts are looped back by the kernel.  What a step did is undone before the next one begins.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Literal, NamedTuple
+
+from vfio import drivers, errors
+from vfio.backend import Backend
+from vfio.device import Device
+from vfio.dma import DmaBuffer
+from vfio.drivers import Exerciser
+from vfio.iommu.spapr import Spapr
+from vfio.iommu.spapr_v2 import SpaprTceV2
+from vfio.iommu.window import DmaWindow
+from vfio.irq import Irq
+from vfio.session import open_device
+
+_WINDOW_PAGES = 16
+"""Size of a test window, in pages of its own or of the host, whichever are larger."""
+
+
+class Step(NamedTuple):
+    """One thing that was tried."""
+
+    name: str
+    status: Literal["ok", "skipped", "failed"]
+    detail: str
+    seconds: float
+
+
+class _Skip(Exception):
+    """This host cannot be asked that; says why."""
+
+
+def steps(address: str, backend: Backend) -> Iterator[Step]:
+    """Test the device `address`, which has to be on a VFIO driver; the steps, as they end.
+
+    Steps that fail end with what went wrong; the first, opening the device, raises what `open_device` raises.
+    """
+    locked = backend.locked().locked
+    begin = time.monotonic()
+    with open_device(address, backend) as device:
+        model = device.iommu.name
+        yield Step("open", "ok", f"group {device.group.number}, {model}", time.monotonic() - begin)
+        yield from _Selftest(device).run()
+    yield _step("nothing left", lambda: _nothing_left(backend, locked))
+
+
+def _step(name: str, test: Callable[[], str]) -> Step:
+    begin = time.monotonic()
+    try:
+        detail = test()
+    except _Skip as why:
+        return Step(name, "skipped", str(why), time.monotonic() - begin)
+    except (OSError, ValueError, AssertionError) as error:
+        return Step(name, "failed", str(error), time.monotonic() - begin)
+    return Step(name, "ok", detail, time.monotonic() - begin)
+
+
+def _nothing_left(backend: Backend, before: int) -> str:
+    after = backend.locked().locked
+    _check(after == before, f"{errors.size(after - before)} of locked memory are still charged")
+    return f"{errors.size(after)} locked, as before"
+
+
+def _check(right: bool, otherwise: str) -> None:
+    if not right:
+        raise AssertionError(otherwise)
+
+
+class _Selftest:
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.backend = device.backend
+        self.driver: Exerciser | None = None
+
+    def run(self) -> Iterator[Step]:
+        yield _step("device", self._identity)
+        yield _step("registers", self._registers)
+        iommu = self.device.iommu
+        if isinstance(iommu, Spapr):
+            for window in iommu.windows:
+                yield _step("default window", lambda window=window: self._window(window))  # type: ignore[misc]
+        if isinstance(iommu, SpaprTceV2):
+            for page_size in iommu.info.page_sizes:
+                name = f"window, {errors.size(page_size)} pages"
+                yield _step(name, lambda page=page_size: self._second(iommu, page, 1))  # type: ignore[misc]
+            yield _step("window, 2-level table", lambda: self._second(iommu, self.backend.page_size, 2))
+        for irq in self.device.irqs():
+            if irq.index in (self.device.intx.index, self.device.msi.index, self.device.msix.index):
+                yield _step(irq.name, lambda irq=irq: self._interrupt(irq))  # type: ignore[misc]
+
+    def _identity(self) -> str:
+        config = self.device.config
+        vendor, product = config.read16(0), config.read16(2)
+        _check(vendor != 0xFFFF, "configuration space reads all ones: the device is gone, or its PE is frozen")
+        regions, irqs = self.device.regions(), self.device.irqs()
+        return f"{vendor:04x}:{product:04x}, {len(regions)} regions, interrupts {', '.join(irq.name for irq in irqs)}"
+
+    def _registers(self) -> str:
+        self.driver = drivers.find(self.device)
+        if self.driver is None:
+            raise _Skip("no driver for this device: memory is mapped and interrupts are looped back, no data moves")
+        return self.driver.identify()
+
+    def _window(self, window: DmaWindow) -> str:
+        length = max(window.page_size, self.backend.page_size)
+        hugetlb = length if length > self.backend.page_size else None
+        with ExitStack() as undo:
+            try:
+                source = undo.enter_context(DmaBuffer(length, hugetlb, self.backend))
+                sink = undo.enter_context(DmaBuffer(length, hugetlb, self.backend))
+            except errors.CallFailed as error:
+                raise _Skip(f"{error.what}: {error.why}") from None
+            undo.enter_context(window.iommu.map(source, self._free_iova(window, 1, length)))
+            undo.enter_context(window.iommu.map(sink, self._free_iova(window, 2, length), read=False))
+            where = f"{errors.span(window.start, window.size)}"
+            if self.driver is None:
+                return f"mapped and unmapped in {where}"
+            count = min(self.driver.capacity, length)
+            pattern = os.urandom(count)
+            source[:count] = pattern
+            self.driver.load(source.iova, count)
+            self.driver.store(sink.iova, count)
+            _check(sink[:count] == pattern, f"{count} bytes through {where} came back changed")
+            return f"{count} bytes there and back in {where}"
+
+    def _free_iova(self, window: DmaWindow, n: int, length: int) -> int:
+        return window.start + n * length
+
+    def _second(self, iommu: SpaprTceV2, page_size: int, levels: int) -> str:
+        if levels > iommu.info.levels:
+            raise _Skip(f"tables have {iommu.info.levels} level here")
+        # Two levels need so many entries that one host page does not hold them.
+        size = (
+            _WINDOW_PAGES * max(page_size, self.backend.page_size)
+            if levels == 1
+            else self.backend.page_size * page_size
+        )
+        with iommu.create_window(size, page_size, levels) as window:
+            return self._window(window)
+
+    def _interrupt(self, irq: Irq) -> str:
+        with irq.enable(1) as vector:
+            if self.driver is None:
+                irq.trigger()
+                vector.wait(1)
+                return "looped back by the kernel"
+            self.driver.interrupt()
+            vector.wait(1)
+            self.driver.acknowledge()
+            if irq is self.device.intx:
+                irq.unmask()
+            return "raised by the device"
