@@ -18,9 +18,10 @@ from vfio.device import BAR0, BAR1, BAR2, BAR3, BAR4, BAR5, CONFIG, ROM, Device
 from vfio.dma import Dma, DmaBuffer, MemoryRange
 from vfio.errors import VfioError
 from vfio.group import Group
+from vfio.iommu.mapper import Mapper
 from vfio.iommu.spapr_v1 import SpaprTce
 from vfio.iommu.spapr_v2 import SpaprTceV2
-from vfio.iommu.window import DmaWindow, Mapper
+from vfio.iommu.window import DmaWindow
 from vfio.irq import Irq, Vector, Vectors
 from vfio.region import Region
 from vfio.session import open_device

@@ -6,23 +6,28 @@ import errno
 import os
 import re
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from vfio import errors
 from vfio.backend import Backend, Memory, default
 from vfio.closing import Closing
 
-
-class HasAddress(Protocol):
-    """Anything with an address in this process and a length in bytes."""
-
-    @property
-    def address(self) -> int: ...
-    @property
-    def length(self) -> int: ...
+if TYPE_CHECKING:
+    from vfio.iommu.registration import Region
+    from vfio.iommu.slot import Slot
+    from vfio.iommu.window import DmaWindow
 
 
-class DmaBuffer(Closing):
+class DmaMemory:
+    """Memory of this process that can be mapped: an address and a length, in bytes."""
+
+    address: int
+    length: int
+    dma: Dma | None = None
+    """Where it is mapped (the newest mapping); None if it is not."""
+
+
+class DmaBuffer(Closing, DmaMemory):
     """Zeroed memory made for DMA: `length` bytes, rounded up to whole pages and aligned to them.
 
     `page_size` asks for hugetlb pages of that many bytes; a DMA window with large pages needs them.  It can be used like
@@ -45,8 +50,6 @@ class DmaBuffer(Closing):
         except OSError as error:
             raise _no_pages(error, self.length, page, page_size is None) from error
         self.address = self._memory.address
-        self.dma: Dma | None = None
-        """Where it is mapped (the newest mapping); None if it is not."""
 
     @property
     def view(self) -> memoryview:
@@ -100,7 +103,7 @@ def _no_pages(error: OSError, length: int, page: int, ordinary: bool) -> errors.
     )
 
 
-class MemoryRange:
+class MemoryRange(DmaMemory):
     """Memory of this process by its bare address: `length` bytes, in pages of the size that they really have."""
 
     def __init__(self, address: int, length: int) -> None:
@@ -112,22 +115,30 @@ class MemoryRange:
 
 
 class Dma(Closing):
-    """Memory that is mapped for DMA; closing it unmaps it.  Reads and writes like a bytearray."""
+    """Memory that is mapped for DMA; closing it unmaps it.  Reads and writes like a bytearray.  Made by `DmaWindow.map`."""
 
-    def __init__(self, memory: HasAddress, iova: int, length: int, unmap: Callable[[Dma], None]) -> None:
+    __slots__ = ("_afterwards", "_slot", "_unmapped", "memory", "region", "window")
+
+    def __init__(self, window: DmaWindow, slot: Slot, memory: DmaMemory, region: Region | None) -> None:
+        self.window = window
         self.memory = memory
-        self.address = memory.address
-        self.iova = iova
-        """Where devices find it, in bytes."""
-        self.length = length
-        self._unmap: Callable[[Dma], None] | None = unmap
+        self.region = region
+        self._slot = slot
+        self._unmapped = False
         self._afterwards: Callable[[], None] | None = None
-        if isinstance(memory, DmaBuffer):
-            memory.dma = self
+
+    @property
+    def iova(self) -> int:
+        """Where devices find it, in bytes."""
+        return self._slot.iova
+
+    @property
+    def length(self) -> int:
+        return self._slot.length
 
     @property
     def mapped(self) -> bool:
-        return self._unmap is not None
+        return not self._unmapped
 
     @property
     def view(self) -> memoryview:
@@ -143,13 +154,12 @@ class Dma(Closing):
         self.view[index] = data
 
     def __len__(self) -> int:
-        return self.length
+        return self._slot.length
 
     def close(self) -> None:
         """Unmap; harmless when it is unmapped already.  The memory itself stays."""
-        if self._unmap is not None:
-            self._unmap(self)
-            self.gone()
+        if not self._unmapped:
+            self.window.unmap(self, self._slot)
             if self._afterwards is not None:
                 self._afterwards()
 
@@ -157,10 +167,14 @@ class Dma(Closing):
         """Call `afterwards` when it has been unmapped by `close`."""
         self._afterwards = afterwards
 
+    def remap(self) -> None:
+        """Map it again, at the same place: something has emptied the table."""
+        self._slot.map_again()
+
     def gone(self) -> None:
         """The mapping is no more, however that came."""
-        self._unmap = None
-        if isinstance(self.memory, DmaBuffer) and self.memory.dma is self:
+        self._unmapped = True
+        if self.memory.dma is self:
             self.memory.dma = None
 
     def __repr__(self) -> str:
@@ -170,7 +184,7 @@ class Dma(Closing):
 _AREA = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ")
 
 
-def backing_page_size(backend: Backend, memory: HasAddress) -> int:
+def backing_page_size(backend: Backend, memory: DmaMemory) -> int:
     """Size in bytes of the smallest page behind `memory`: hugetlb pages count as what they are, all else as host pages.
 
     The kernel takes no larger one in a DMA window, transparent huge pages included.

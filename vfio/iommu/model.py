@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
 from vfio.backend import Backend
-from vfio.dma import Dma, HasAddress
+from vfio.dma import Dma, DmaMemory
 
 if TYPE_CHECKING:
     from vfio.container import Container
@@ -32,7 +32,7 @@ class Iommu(ABC):
         return "", ""
 
     @abstractmethod
-    def map(self, memory: HasAddress, iova: int | None = None, *, read: bool = True, write: bool = True) -> Dma:
+    def map(self, memory: DmaMemory, iova: int | None = None, *, read: bool = True, write: bool = True) -> Dma:
         """Let devices reach `memory`, at `iova` or wherever there is room.
 
         `read` and `write` are the device's rights.  All sizes and addresses are in bytes and multiples of the IOMMU's

@@ -11,27 +11,48 @@ import os
 import threading
 import weakref
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
+from vfio import errors
 from vfio.backend import Backend
 
+if TYPE_CHECKING:
+    from vfio.iommu.window import DmaWindow
 
-@dataclass(eq=False)
+
+class User(Protocol):
+    """A mapping, or whatever else points into registered memory."""
+
+    region: Region | None
+
+
 class Region:
     """A registered range of the address space, in bytes."""
 
-    address: int
-    length: int
-    page_size: int
-    """The largest window page that fits it: of the pages behind it, and of its own alignment."""
-    holders: set[object] = field(default_factory=set)
-    """The IOMMUs that registered it; the kernel unpins it with the last."""
-    mapped: int = 0
-    """Mappings of all containers that point into it."""
+    def __init__(self, address: int, length: int, page_size: int) -> None:
+        self.address = address
+        self.length = length
+        self.page_size = page_size
+        """The largest window page that fits it: of the pages behind it, and of its own alignment."""
+        self.holders: set[object] = set()
+        """The IOMMUs that registered it; the kernel unpins it with the last."""
+        self._end = address + length
 
     @property
-    def end(self) -> int:
-        return self.address + self.length
+    def text(self) -> str:
+        return errors.span(self.address, self.length)
+
+    def holds(self, address: int, length: int) -> bool:
+        """Whether all of this range is registered memory of the region now."""
+        return self.address <= address and address + length <= self._end
+
+    def withdraw(self) -> None:
+        """From now on it holds nothing."""
+        self._end = self.address
+
+    def reinstate(self) -> None:
+        """Undo `withdraw`."""
+        self._end = self.address + self.length
 
 
 class Registrations:
@@ -39,21 +60,27 @@ class Registrations:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
+        self.windows: weakref.WeakSet[DmaWindow] = weakref.WeakSet()
+        """Where memory is mapped."""
         self._starts: list[int] = []
         self._regions: list[Region] = []
 
     def find(self, address: int, length: int) -> Region | None:
         """The region that holds all of this range."""
         n = bisect_right(self._starts, address) - 1
-        if n >= 0 and address + length <= self._regions[n].end:
+        if n >= 0 and self._regions[n].holds(address, length):
             return self._regions[n]
         return None
+
+    def uses(self, region: Region) -> int:
+        """How many mappings of this process point into `region`, whichever container they are in."""
+        return sum(window.uses(region) for window in list(self.windows))
 
     def overlapping(self, address: int, length: int) -> Region | None:
         """The first region that shares a byte with this range."""
         n = bisect_right(self._starts, address) - 1
         for region in self._regions[max(n, 0) : max(n, 0) + 2]:
-            if region.address < address + length and address < region.end:
+            if region.address < address + length and address < region.address + region.length:
                 return region
         return None
 
@@ -66,6 +93,7 @@ class Registrations:
         """`holder` has unregistered `region`."""
         region.holders.discard(holder)
         if not region.holders and region in self._regions:
+            region.withdraw()
             n = self._regions.index(region)
             del self._starts[n], self._regions[n]
 

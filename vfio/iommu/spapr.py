@@ -15,7 +15,7 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, NamedTuple
 
 from vfio import errors, uapi
-from vfio.dma import HasAddress
+from vfio.dma import DmaMemory
 from vfio.iommu import registration, tce
 from vfio.iommu.model import Iommu
 from vfio.iommu.window import DmaWindow
@@ -62,7 +62,6 @@ class Spapr(Iommu):
         start, size = self.info.window_start, self.info.window_size
         default = DmaWindow(self, start, size, _DEFAULT_PAGE, _DEFAULT_LEVELS, default=True)
         self._windows: list[DmaWindow] = [default] if size else []
-        self._default_used = False
 
     @property
     def windows(self) -> list[DmaWindow]:
@@ -70,32 +69,24 @@ class Spapr(Iommu):
         return [window for window in self._windows if not window.closed]
 
     @abstractmethod
-    def claim(self, window: DmaWindow, memory: HasAddress) -> registration.Region | None:
-        """Make sure that MAP of `memory` in `window` will find every page, and hold what it needs."""
+    def claim(self, window: DmaWindow, memory: DmaMemory, user: registration.User) -> registration.Region | None:
+        """Make sure that MAP of `memory` in `window` will find every page, and note that `user` points there."""
 
     @abstractmethod
     def remove_window(self, window: DmaWindow) -> None:
         """Take the window from the container."""
-
-    def unclaim(self, region: registration.Region | None) -> None:
-        """A mapping that was claimed is no more."""
-        if region is not None:
-            with registration.of(self.backend).lock:
-                region.mapped -= 1
 
     def window_for(self, length: int, iova: int | None) -> DmaWindow:
         """The window that holds this IOVA range, or the first with a free range of `length` bytes."""
         windows = self.windows
         for window in windows:
             if iova is None:
-                if window._allocator.largest > length:
+                if window.largest_free > length:
                     return window
             elif window.start <= iova < window.end:
                 return window
         if iova is None and windows:
-            raise errors.NoSpace(
-                f"cannot map {errors.size(length)}", length, max(w._allocator.largest for w in windows)
-            )
+            raise errors.NoSpace(f"cannot map {errors.size(length)}", length, max(w.largest_free for w in windows))
         raise errors.OutsideWindow(f"cannot map {errors.size(length)}", iova or 0, length, [str(w) for w in windows])
 
     def map_error(self, window: DmaWindow, error: OSError, address: int, iova: int, length: int) -> errors.VfioError:
@@ -118,12 +109,14 @@ class Spapr(Iommu):
         what = f"cannot unmap IOVA {errors.span(iova, length)} in {window}"
         if error.errno == errno.EPERM:
             return errors.CallFailed(error.errno, what, "the container belongs to another process, or is not enabled")
+        if error.errno == errno.ENOMEM:
+            return self._no_memory(f"cannot use the {window}", self._charge(window))
         return errors.CallFailed(error.errno or errno.EIO, what)
 
     def check_detach(self) -> None:
         for window in self.windows:
-            if window.has_mappers:
-                raise errors.StillMapped("cannot detach a group: that empties the windows", 1)
+            if window.mappers:
+                raise errors.StillMapped("cannot detach a group: that empties the windows", len(window.mappers))
 
     def remap(self) -> None:
         for window in self.windows:

@@ -6,7 +6,8 @@ import errno
 from typing import TYPE_CHECKING, ClassVar
 
 from vfio import errors, uapi
-from vfio.dma import Dma, HasAddress
+from vfio.dma import Dma, DmaMemory
+from vfio.iommu.registration import User
 from vfio.iommu.spapr import Spapr, no_module
 from vfio.iommu.window import DmaWindow
 
@@ -65,14 +66,14 @@ class SpaprTce(Spapr):
     def enabled(self) -> bool:
         return self._enabled
 
-    def map(self, memory: HasAddress, iova: int | None = None, *, read: bool = True, write: bool = True) -> Dma:
+    def map(self, memory: DmaMemory, iova: int | None = None, *, read: bool = True, write: bool = True) -> Dma:
         """`DmaWindow.map` in the window; enables the container first where that is still to be done."""
         with self.lock:
             if not self._enabled:
                 self.enable()
             return self.window_for(memory.length, iova).map(memory, iova, read=read, write=write)
 
-    def claim(self, window: DmaWindow, memory: HasAddress) -> None:
+    def claim(self, window: DmaWindow, memory: DmaMemory, user: User) -> None:
         """v1 pins at MAP, writable whatever the flags.  A first page that fails at IOVA 0 hangs POWER8: fill it in now."""
         what = f"cannot map {errors.size(memory.length)} at {memory.address:#x}"
         if not self._enabled:

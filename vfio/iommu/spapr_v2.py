@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from vfio import errors, uapi
 from vfio.closing import Closing
-from vfio.dma import Dma, HasAddress, backing_page_size
+from vfio.dma import Dma, DmaMemory, backing_page_size
 from vfio.iommu import registration, tce
 from vfio.iommu.spapr import Spapr, no_module
 from vfio.iommu.window import DmaWindow
@@ -25,6 +25,7 @@ class SpaprTceV2(Spapr):
     def __init__(self, container: Container) -> None:
         super().__init__(container)
         self._book = registration.of(self.backend)
+        self._book.windows.update(self._windows)
         self._enabled = False  # the kernel enables the container with its first registration, for good
 
     @classmethod
@@ -35,7 +36,7 @@ class SpaprTceV2(Spapr):
 
     # --- memory ---
 
-    def register(self, memory: HasAddress) -> Registration:
+    def register(self, memory: DmaMemory) -> Registration:
         """Pin `memory` and charge it to locked memory, so that it can be mapped; closing the result undoes it.
 
         Address and length are bytes, multiples of the host page.  Raises `errors.Misaligned`,
@@ -52,9 +53,7 @@ class SpaprTceV2(Spapr):
         with self.lock, self._book.lock:
             region = self._book.overlapping(address, length)
             if region and (region.address, region.length) != (address, length):
-                raise errors.CallFailed(
-                    errno.EINVAL, what, f"it overlaps {errors.span(region.address, region.length)}, which is registered"
-                )
+                raise errors.CallFailed(errno.EINVAL, what, f"it overlaps {region.text}, which is registered")
             if region and self in region.holders:
                 raise errors.CallFailed(errno.EBUSY, what, "it is registered already", "keep one registration of it")
             argument = uapi.vfio_iommu_spapr_register_memory(vaddr=address, size=length)
@@ -82,16 +81,20 @@ class SpaprTceV2(Spapr):
             if self not in region.holders:
                 return
             what = f"cannot unregister {errors.size(region.length)} at {region.address:#x}"
-            if region.mapped and len(region.holders) == 1:
-                raise errors.StillMapped(what, region.mapped)
+            if len(region.holders) == 1:
+                region.withdraw()  # no mapping begins from here on, so counting them is final
+                if mapped := self._book.uses(region):
+                    region.reinstate()
+                    raise errors.StillMapped(what, mapped)
             argument = uapi.vfio_iommu_spapr_register_memory(vaddr=region.address, size=region.length)
             try:
                 self.backend.ioctl(self.container.fd, uapi.VFIO_IOMMU_SPAPR_UNREGISTER_MEMORY, uapi.buffer(argument))
             except OSError as error:
+                region.reinstate()
                 raise errors.CallFailed(error.errno or errno.EIO, what) from error
             self._book.release(region, self)
 
-    def map(self, memory: HasAddress, iova: int | None = None, *, read: bool = True, write: bool = True) -> Dma:
+    def map(self, memory: DmaMemory, iova: int | None = None, *, read: bool = True, write: bool = True) -> Dma:
         """Map `memory` in the window that has `iova`, or in the first with room.
 
         Memory that is not registered is registered for as long as it is mapped.  Raises what `register` and
@@ -111,7 +114,7 @@ class SpaprTceV2(Spapr):
                 dma.on_unmapped(registered.close)
             return dma
 
-    def claim(self, window: DmaWindow, memory: HasAddress) -> registration.Region:
+    def claim(self, window: DmaWindow, memory: DmaMemory, user: registration.User) -> registration.Region:
         what = f"cannot map {errors.size(memory.length)} at {memory.address:#x}"
         with self._book.lock:
             region = self._book.find(memory.address, memory.length)
@@ -119,7 +122,7 @@ class SpaprTceV2(Spapr):
                 raise errors.NotRegistered(what, memory.address, memory.length)
             if region.page_size < window.page_size:
                 raise errors.PageTooLarge(what, window.page_size, region.page_size)
-            region.mapped += 1
+            user.region = region
             return region
 
     # --- windows ---
@@ -150,6 +153,7 @@ class SpaprTceV2(Spapr):
                 raise self._create_error(error, shape, windows) from error
             window = DmaWindow(self, argument.start_addr, size, page, shape.levels, default=False)
             self._windows.append(window)
+            self._book.windows.add(window)
             return window
 
     @property
@@ -252,7 +256,7 @@ class Registration(Closing):
     @property
     def mapped(self) -> int:
         """How many mappings of this process point into it."""
-        return self._region.mapped
+        return registration.of(self._iommu.backend).uses(self._region)
 
     def close(self) -> None:
         """Unregister; harmless when done before.  Raises `errors.StillMapped`."""
