@@ -86,7 +86,7 @@ def test_text_has_a_line_a_call_in_c_terms():
         "ioctl(group26_1, VFIO_GROUP_SET_CONTAINER, &container1) = 0",
         "ioctl(container1, VFIO_SET_IOMMU, 7) = 0",
         'ioctl(group26_1, VFIO_GROUP_GET_DEVICE_FD, "0000:06:0d.0") = device1',
-        f"allocate({os.sysconf('SC_PAGESIZE')}, None) = \"memory1\"",
+        f'allocate({os.sysconf("SC_PAGESIZE")}, None) = "memory1"',
         "ioctl(container1, VFIO_IOMMU_SPAPR_TCE_CREATE, {argsz=40, flags=0, page_shift=16, __resv1=0, window_size=0x40000000, "
         "levels=1, __resv2=0, start_addr=0x0}) = 0 -> {start_addr=0x800000000000000}",
         "ioctl(container1, VFIO_IOMMU_MAP_DMA, {argsz=32, flags=READ|WRITE, vaddr=memory1+0x10, iova=0x80000000, size=0x1000}) "

@@ -1,0 +1,1 @@
+"""The `vfio` command: one file a group of commands."""

@@ -1,0 +1,318 @@
+"""Devices, groups, what the host uses them for, and who holds them."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+from sysfs_host import Driver, Function, SysfsHost
+
+from vfio import errors, holders, obstacles, pciids, sysfs, usage
+
+
+def test_devices_come_in_the_order_of_their_addresses(host):
+    assert [device.address for device in sysfs.devices(host)] == [
+        "0000:00:00.0",
+        "0000:01:00.0",
+        "0000:01:00.1",
+        "0001:00:00.0",
+        "0001:01:00.0",
+        "0002:00:00.0",
+    ]
+
+
+def test_domains_beyond_four_digits_come_last():
+    host = SysfsHost(Function("10000:00:00.0"), Function("ffff:00:00.0"), Function("0001:00:00.0"))
+    assert [device.address for device in sysfs.devices(host)] == ["0001:00:00.0", "ffff:00:00.0", "10000:00:00.0"]
+
+
+def test_device_tells_all_that_sysfs_says_of_it(host):
+    assert sysfs.device(host, "1:1:0.0") == sysfs.PciDevice(
+        address="0001:01:00.0",
+        vendor=0x1B36,
+        device=0x0010,
+        subsystem_vendor=0x1AF4,
+        subsystem_device=0x1100,
+        class_code=0x00FF00,
+        revision=0x10,
+        driver="nvme",
+        overridable=True,
+        driver_override=None,
+        group=2,
+        parent="0001:00:00.0",
+        is_bridge=False,
+        phb=1,
+        pe=0xFD,
+        vfio_dev=None,
+    )
+
+
+def test_a_device_without_driver_group_or_parent(host):
+    bridge = sysfs.device(host, "0000:00:00.0")
+    assert (bridge.group, bridge.parent, bridge.phb, bridge.pe, bridge.is_bridge) == (None, None, None, None, True)
+    assert sysfs.device(host, "0002:00:00.0").driver is None
+    assert sysfs.device(host, "0002:00:00.0").driver_override == "other"
+
+
+def test_off_power_there_is_no_pe():
+    host = SysfsHost(Function("0000:00:01.0", group=1), power=False)
+    assert not sysfs.on_power(host)
+    assert sysfs.device(host, "0000:00:01.0").pe is None
+
+
+def test_a_device_that_is_not_there_names_the_nearest(host):
+    with pytest.raises(errors.NoSuchDevice) as raised:
+        sysfs.device(host, "0000:01:00.2")
+    assert raised.value.errno == errno.ENODEV
+    assert "0000:01:00.0" in raised.value.remedy
+    assert "0000:01:00.1" in raised.value.remedy
+
+
+@pytest.mark.parametrize(
+    "text", ["../../x", "0000:01:00.0/../x", "0000:01:00.8", "0000:01:20.0", "", "x", "0000:01:00.0\n"]
+)
+@pytest.mark.parametrize("look", [sysfs.device, sysfs.group_of, sysfs.driver_of, sysfs.override_of, sysfs.eeh])
+def test_what_is_not_an_address_reaches_no_path(host, look, text):
+    with pytest.raises(errors.InvalidAddress):
+        look(host, text)
+
+
+def test_groups_and_their_devices(host):
+    assert sysfs.groups(host) == [2, 3, 7]
+    assert [device.address for device in sysfs.group_devices(host, 2)] == ["0001:00:00.0", "0001:01:00.0"]
+    assert sysfs.group_devices(host, 99) == []
+    assert sysfs.group_of(host, "0001:01:00.0") == 2
+    assert sysfs.group_of(host, "0000:00:00.0") is None
+
+
+def test_blockers_are_devices_on_drivers_that_do_dma(host):
+    assert sysfs.blockers(host, 7) == [("0000:01:00.0", "tg3", ""), ("0000:01:00.1", "tg3", "")]
+    assert sysfs.blockers(host, 2) == [("0001:01:00.0", "nvme", "")]  # the bridge on pcieport is none
+    assert sysfs.blockers(host, 3) == []
+
+
+@pytest.mark.parametrize("driver", [None, "vfio-pci", "pci-stub", "pcieport"])
+def test_drivers_without_dma_do_not_block(driver):
+    host = SysfsHost(Function("0000:00:01.0", driver, group=1), drivers=(Driver("pci-stub"), Driver("pcieport")))
+    assert sysfs.blockers(host, 1) == []
+
+
+def test_a_variant_driver_of_vfio_pci_does_not_block():
+    host = SysfsHost(Function("0000:00:01.0", "mlx5_vfio", group=1), drivers=(Driver("mlx5_vfio"),))
+    host.files["/sys/devices/pci0000:00/0000:00:01.0/vfio-dev/vfio3/dev"] = "245:3\n"
+    assert sysfs.blockers(host, 1) == []
+    assert sysfs.device(host, "0000:00:01.0").vfio_dev == "vfio3"
+
+
+def test_a_network_interface_that_is_up_is_in_use(host):
+    host.network("eth0", "0000:01:00.0", up=False)
+    host.network("eth1", "0000:01:00.1", up=True)
+    assert usage.of_devices(host) == {"0000:01:00.1": ["network interface eth1 is up"]}
+    assert sysfs.blockers(host, 7)[1].note == "network interface eth1 is up"
+
+
+def test_a_mounted_disk_is_in_use(host):
+    host.disk("nvme0n1", "0001:01:00.0", "259:0")
+    host.disk("nvme0n1p2", "0001:01:00.0", "259:2")
+    host.files["/proc/self/mountinfo"] = "36 35 259:2 / /mnt/my\\040disk rw shared:1 - ext4 /dev/nvme0n1p2 rw\n"
+    assert usage.of_devices(host) == {"0001:01:00.0": ["disk nvme0n1p2 is mounted on /mnt/my disk"]}
+
+
+def test_a_btrfs_disk_is_found_by_its_source(host):
+    host.disk("nvme0n1", "0001:01:00.0", "259:0")
+    host.files["/proc/self/mountinfo"] = "36 35 0:31 / /home rw - btrfs /dev/nvme0n1 rw\n"
+    assert usage.of_devices(host) == {"0001:01:00.0": ["disk nvme0n1 is mounted on /home"]}
+
+
+def test_another_member_of_a_mounted_btrfs_is_in_use(host):
+    host.disk("nvme0n1", "0001:01:00.0", "259:0")
+    host.links["/sys/fs/btrfs/f00d/devices/nvme0n1"] = "../../../../class/block/nvme0n1"
+    assert usage.of_devices(host) == {"0001:01:00.0": ["disk nvme0n1 is part of a mounted btrfs"]}
+
+
+def test_swap_is_in_use(host):
+    host.disk("nvme0n1", "0001:01:00.0", "259:0")
+    host.files["/proc/swaps"] += "/dev/nvme0n1 partition 1048572 0 -2\n"
+    assert usage.of_devices(host) == {"0001:01:00.0": ["disk nvme0n1 is swap"]}
+
+
+def test_a_disk_under_device_mapper_or_md_is_in_use(host):
+    host.disk("nvme0n1", "0001:01:00.0", "259:0", "dm-0", "md1")
+    assert usage.of_devices(host) == {
+        "0001:01:00.0": ["disk nvme0n1 is in use by dm-0", "disk nvme0n1 is in use by md1"]
+    }
+
+
+def test_a_multipath_namespace_belongs_to_every_controller(host):
+    where = "/sys/devices/virtual/nvme-subsystem/nvme-subsys0/nvme0n1"
+    host.links["/sys/class/block/nvme0n1"] = "../../devices/virtual/nvme-subsystem/nvme-subsys0/nvme0n1"
+    host.files[f"{where}/dev"] = "259:0\n"
+    host.links["/sys/class/nvme-subsystem/nvme-subsys0/nvme0"] = "../../../devices/pci0001:00/0001:01:00.0/nvme/nvme0"
+    host.files["/proc/self/mountinfo"] = "36 35 259:0 / / rw - ext4 /dev/nvme0n1 rw\n"
+    assert usage.of_devices(host) == {"0001:01:00.0": ["disk nvme0n1 is mounted on /"]}
+
+
+def test_a_disk_that_nobody_uses_is_not_in_use(host):
+    host.disk("nvme0n1", "0001:01:00.0", "259:0")
+    assert usage.of_devices(host) == {}
+
+
+@pytest.mark.parametrize(
+    ("address", "judgement"),
+    [
+        ("0000:00:00.0", (False, "a bridge stays with the host")),
+        ("0000:01:00.0", (False, "0000:01:00.1: network interface eth1 is up")),
+        ("0000:01:00.1", (False, "network interface eth1 is up")),
+        ("0001:01:00.0", (True, "")),
+        ("0002:00:00.0", (True, "")),
+    ],
+)
+def test_assignable(host, address, judgement):
+    host.network("eth1", "0000:01:00.1", up=True)
+    device = sysfs.device(host, address)
+    blockers = sysfs.blockers(host, device.group) if device.group is not None else []
+    assert sysfs.assignable(device, blockers) == judgement
+
+
+def test_a_device_whose_neighbour_has_a_driver_is_assignable_together_with_it(host):
+    device = sysfs.device(host, "0000:01:00.0")
+    assert sysfs.assignable(device, sysfs.blockers(host, 7)) == (True, "only together with 0000:01:00.1 (tg3)")
+
+
+def test_a_device_without_group_is_not_assignable():
+    host = SysfsHost(Function("0000:00:01.0"))
+    assert sysfs.assignable(sysfs.device(host, "0000:00:01.0"), []) == (False, "in no IOMMU group")
+
+
+def test_eeh_files_are_those_that_there_are(host):
+    host.files["/sys/devices/pci0001:00/0001:00:00.0/0001:01:00.0/eeh_pe_state"] = "0x78 0x800\n"
+    assert sysfs.eeh(host, "0001:01:00.0") == {"eeh_pe_state": "0x78 0x800"}
+    assert sysfs.eeh(host, "0000:01:00.0") == {}
+
+
+# --- who has it open ---
+
+
+def test_holders_are_named_with_their_command(host):
+    host.processes = {20: ("qemu-system-ppc64 -M pseries", ["/dev/null", "/dev/vfio/2"]), 7: ("sh", ["/dev/vfio/3"])}
+    assert holders.of(host, "/dev/vfio/2") == [(20, "qemu-system-ppc64 -M pseries")]
+
+
+def test_a_node_that_has_been_removed_still_has_its_holder(host):
+    host.processes = {20: ("qemu", ["/dev/vfio/2 (deleted)"])}
+    assert holders.of(host, "/dev/vfio/2") == [(20, "qemu")]
+
+
+def test_a_group_is_held_by_a_process_that_only_has_its_device(host):
+    host.processes = {
+        20: ("driver", ["anon_inode:[vfio-device]"]),
+        21: ("other", ["/dev/vfio/3", "anon_inode:[vfio-device]"]),
+    }
+    assert holders.of(host, "/dev/vfio/2") == [(20, "driver")]
+    assert holders.having_open(host, "/dev/vfio/2") == []
+
+
+def test_a_long_command_is_cut(host):
+    host.processes = {20: ("x" * 100, ["/dev/vfio/2"])}
+    assert holders.of(host, "/dev/vfio/2") == [(20, "x" * 57 + "...")]
+
+
+def test_processes_that_may_not_be_read_are_skipped(host):
+    host.processes = {20: ("qemu", ["/dev/vfio/2"])}
+    host.files["/proc/30/stat"] = ""  # no fd directory to be seen
+    assert holders.of(host, "/dev/vfio/2") == [(20, "qemu")]
+
+
+# --- what stands in the way ---
+
+
+def test_obstacles_name_the_blocking_devices(host):
+    host.network("eth1", "0000:01:00.1", up=True)
+    (error,) = obstacles.of(host, "0000:01:00.0")
+    assert isinstance(error, errors.GroupNotViable)
+    assert error.errno == errno.EPERM
+    assert error.why == "0000:01:00.0 is on tg3; 0000:01:00.1 is on tg3 (network interface eth1 is up)"
+    assert error.remedy.startswith("free it:  vfio bind 0000:01:00.0 0000:01:00.1 --force")
+
+
+def test_obstacles_of_a_device_without_driver(host):
+    (error,) = obstacles.of(host, "0002:00:00.0")
+    assert isinstance(error, errors.NotBound)
+
+
+def test_obstacles_of_a_bridge(host):
+    host.devices["0000:00:00.0"].group = 4
+    (error,) = obstacles.of(host, "0000:00:00.0")
+    assert isinstance(error, errors.IsBridge)
+
+
+def test_obstacles_of_a_host_without_vfio(host):
+    del host.drivers["vfio-pci"], host.files["/dev/vfio/vfio"]
+    kinds = [type(error) for error in obstacles.of(host, "0002:00:00.0")]
+    assert kinds == [errors.NoVfio, errors.ModuleMissing, errors.NotBound]
+
+
+def test_obstacles_on_an_old_kernel_on_power(host):
+    host.files["/proc/sys/kernel/osrelease"] = "6.1.0-44-powerpc64le\n"
+    assert errors.KernelTooOld in [type(error) for error in obstacles.of(host, "0002:00:00.0")]
+
+
+def test_obstacles_of_a_bound_device_that_somebody_has_open():
+    host = SysfsHost(Function("0000:00:01.0", "vfio-pci", group=1))
+    host.hold(77, "qemu", 1)
+    (error,) = obstacles.of(host, "0000:00:01.0")
+    assert isinstance(error, errors.Busy)
+    assert error.holders == ((77, "qemu"),)
+
+
+def test_no_obstacle(monkeypatch):
+    host = SysfsHost(Function("0000:00:01.0", "vfio-pci", group=1))
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    assert obstacles.of(host, "0000:00:01.0") == []
+
+
+@pytest.mark.parametrize(("mode", "denied"), [(0o600, True), (0o660, True), (0o666, False), (0o644, True)])
+def test_obstacles_for_a_user_are_owner_and_mode(monkeypatch, mode, denied):
+    host = SysfsHost(Function("0000:00:01.0", "vfio-pci", group=1))
+    host.nodes[1].mode = mode
+    monkeypatch.setattr("os.geteuid", lambda: 4321)
+    monkeypatch.setattr("os.getegid", lambda: 4321)
+    monkeypatch.setattr("os.getgroups", list)
+    assert [type(error) for error in obstacles.of(host, "0000:00:01.0")] == [errors.AccessDenied] * denied
+
+
+# --- pci.ids ---
+
+PCI_IDS = """\
+# comment
+14e4  Broadcom Inc.
+\t1657  NetXtreme BCM5719
+\t\t1014 0420  FC EN0S
+# in the middle
+\t1658  Another
+1b36  Red Hat, Inc.
+\t0010  QEMU NVM Express Controller
+C 01  Mass storage controller
+\t08  Non-Volatile memory controller
+C 02  Network controller
+"""
+
+
+def test_pci_ids_names_vendors_devices_and_classes(tmp_path):
+    file = tmp_path / "pci.ids"
+    file.write_text(PCI_IDS)
+    names = pciids.load((tmp_path / "absent", file))
+    assert names.vendor(0x14E4) == "Broadcom Inc."
+    assert names.device(0x14E4, 0x1657) == "NetXtreme BCM5719"
+    assert names.device(0x14E4, 0x1658) == "Another"
+    assert names.device(0x14E4, 0x0010) is None  # another vendor's
+    assert names.device(0x1B36, 0x0010) == "QEMU NVM Express Controller"
+    assert names.device_class(0x010802) == "Non-Volatile memory controller"
+    assert names.device_class(0x020800) == "Network controller"
+    assert names.vendor(0xFFFF) is None
+    assert names.device_class(0xFF0000) is None
+
+
+def test_without_pci_ids_nothing_has_a_name(tmp_path):
+    names = pciids.load((tmp_path / "absent",))
+    assert (names.vendor(0x14E4), names.device(0x14E4, 0x1657), names.device_class(0x020000)) == (None, None, None)

@@ -1,0 +1,234 @@
+"""What has to be changed to bind, unbind or restore devices, and what is refused.  Everything here only reads.
+
+A plan says how things were and will be; `vfio.assign` carries it out, and a dry run shows it as shell commands.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from vfio import changes as change
+from vfio import errors, journal, owner, sysfs, usage
+from vfio.backend import Backend, missing
+
+
+@dataclass(frozen=True)
+class Move:
+    """One device, from the driver that has it to another."""
+
+    device: sysfs.PciDevice
+    """As it was before."""
+    driver: str | None
+    override: str | None
+
+    @property
+    def steps(self) -> list[change.Change]:
+        """The changes, in order."""
+        return change.moves(self.device, self.driver, self.override)
+
+    @property
+    def before(self) -> journal.DeviceState:
+        """How the device was, for the journal."""
+        device = self.device
+        adds_id = not device.overridable and self.driver == change.VFIO_PCI
+        return journal.DeviceState(
+            device.address,
+            device.group,
+            device.driver,
+            device.driver_override,
+            change.new_id(device) if adds_id else None,
+        )
+
+
+@dataclass(frozen=True)
+class Gift:
+    """The node of one group, from its owner to another."""
+
+    before: journal.NodeState
+    after: journal.NodeState
+
+    @property
+    def steps(self) -> list[change.Change]:
+        """The changes, in order."""
+        before, after, node = self.before, self.after, sysfs.node(self.after.group)
+        steps: list[change.Change] = []
+        if (before.uid, before.gid) != (after.uid, after.gid):
+            steps.append(change.Chown(node, after.uid, after.gid))
+        if before.mode != after.mode:
+            steps.append(change.Chmod(node, after.mode))
+        return steps
+
+
+@dataclass
+class Plan:
+    """What is to be changed; once it was carried out, what was changed."""
+
+    moves: list[Move] = field(default_factory=list)
+    gifts: list[Gift] = field(default_factory=list)
+    nodes: list[journal.NodeState] = field(default_factory=list)
+    """How the nodes of all these groups were before; a node comes and goes with the group's first and last device."""
+    notes: list[str] = field(default_factory=list)
+    """What else the caller should know, as sentences."""
+
+    def shell(self) -> list[str]:
+        """The equivalent shell commands."""
+        steps = [move.steps for move in self.moves] + [gift.steps for gift in self.gifts]
+        return [step.shell() for each in steps for step in each]
+
+
+def bind(backend: Backend, wanted: Sequence[str], whole_group: bool, to: owner.Owner | None, force: bool) -> Plan:
+    """Devices to vfio-pci, and their groups to a user; see `vfio.assign.bind`."""
+    chosen = {address: sysfs.device(backend, address) for address in wanted}
+    groups: list[int] = []
+    for device in chosen.values():
+        if device.is_bridge:
+            raise errors.IsBridge(device.address)
+        if device.group is None:
+            raise errors.NoGroup(device.address)
+        if device.group not in groups:
+            groups.append(device.group)
+    if whole_group:
+        for group in groups:
+            members = sysfs.group_devices(backend, group)
+            chosen |= {each.address: each for each in members if not each.is_bridge and each.address not in chosen}
+    moving = [device for device in chosen.values() if not device.on_vfio]
+    if moving and not sysfs.driver_loaded(backend, change.VFIO_PCI):
+        raise errors.ModuleMissing(f"cannot bind {moving[0].address}", change.VFIO_PCI)
+    if not force:
+        _refuse_what_is_in_use(backend, moving)
+    _refuse_to_catch_others(backend, moving)
+    planned = Plan([Move(device, change.VFIO_PCI, change.VFIO_PCI) for device in moving])
+    if to is not None:
+        for group in groups:
+            before = node_state(backend, group) or journal.NodeState(group)
+            after = replace(before, uid=to.uid, gid=before.gid if to.gid is None else to.gid)
+            if after != before:
+                planned.gifts.append(Gift(before, after))
+    _add_nodes(backend, planned)
+    for group in groups:
+        blockers = [each for each in sysfs.blockers(backend, group) if each.address not in {d.address for d in moving}]
+        if blockers:
+            error = errors.GroupNotViable(group, blockers)
+            planned.notes.append(f"{error.what} yet: {error.why}; {error.remedy}")
+    return planned
+
+
+def _add_nodes(backend: Backend, planned: Plan) -> None:
+    groups = [each.device.group for each in planned.moves] + [each.before.group for each in planned.gifts]
+    for group in dict.fromkeys(groups):
+        if group is not None:
+            planned.nodes.append(node_state(backend, group) or journal.NodeState(group))
+
+
+def _refuse_what_is_in_use(backend: Backend, moving: Sequence[sysfs.PciDevice]) -> None:
+    uses = usage.of_devices(backend) if any(device.driver for device in moving) else {}
+    refused = {device.address: uses[device.address] for device in moving if device.address in uses}
+    if refused:
+        raise errors.Refused(
+            f"cannot bind {', '.join(refused)}: the host has it in use",
+            "; ".join(f"{address}: {', '.join(phrases)}" for address, phrases in refused.items()),
+            "put it out of use first (umount, swapoff, ip link set ... down), or insist: vfio bind --force",
+        )
+
+
+def _refuse_to_catch_others(backend: Backend, moving: Sequence[sysfs.PciDevice]) -> None:
+    """An id given to vfio-pci brings every driverless device that it fits."""
+    ids = {change.new_id(device): device.address for device in moving if not device.overridable}
+    if not ids:
+        return
+    named = {device.address for device in moving}
+    for other in sysfs.devices(backend):
+        id = change.new_id(other)
+        if id in ids and other.driver is None and other.address not in named:
+            raise errors.Refused(
+                f"cannot bind {ids[id]}",
+                f"it has no driver_override, and its id ({id}) would bring {other.address} along, which is on no driver",
+                f"bind that one too: vfio bind {ids[id]} {other.address}",
+            )
+
+
+def unbind(backend: Backend, wanted: Sequence[str]) -> Plan:
+    """Devices from VFIO to no driver; see `vfio.assign.unbind`."""
+    planned = Plan()
+    for address in wanted:
+        device = sysfs.device(backend, address)
+        if device.driver is not None and not device.on_vfio:
+            raise errors.Refused(
+                f"cannot unbind {address}",
+                f"it is on {device.driver}, which is not a VFIO driver",
+                "vfio unbind releases devices from VFIO only",
+                errno.EINVAL,
+            )
+        override = device.driver_override
+        ours = override in (change.VFIO_PCI, device.driver)
+        move = Move(device, None, None if ours else override)
+        if move.steps:
+            planned.moves.append(move)
+    _add_nodes(backend, planned)
+    return planned
+
+
+def restore(backend: Backend, book: journal.Journal, chosen: Sequence[str] | None) -> Plan:
+    """Devices (None: all in the journal) to where they were; see `vfio.assign.restore`."""
+    planned = Plan()
+    for state in reversed(book.devices.values()):
+        if chosen is not None and state.address not in chosen:
+            continue
+        try:
+            move = Move(sysfs.device(backend, state.address), state.driver, state.override)
+        except errors.NoSuchDevice:
+            planned.notes.append(f"{state.address} is not there any more: there is nothing to restore")
+            continue
+        if move.steps:
+            planned.moves.append(move)
+    leaving = book.devices if chosen is None else chosen
+    for node in nodes_to_return(book, groups_of(backend, book, chosen), leaving):
+        now = node_state(backend, node.group)
+        if now is not None and now != node and not _goes(backend, node.group, planned.moves):
+            planned.gifts.append(Gift(now, node))
+    return planned
+
+
+def groups_of(backend: Backend, book: journal.Journal, chosen: Sequence[str] | None) -> set[int | None] | None:
+    """The groups of these devices, unplugged ones too; None stays None, for all."""
+    if chosen is None:
+        return None
+    return {book.devices[a].group if a in book.devices else sysfs.group_of(backend, a) for a in chosen}
+
+
+def nodes_to_return(
+    book: journal.Journal, groups: Collection[int | None] | None, leaving: Collection[str] = ()
+) -> list[journal.NodeState]:
+    """The nodes of these groups (None: all) that go back: no device of the group is left to be restored."""
+    staying = {state.group for address, state in book.devices.items() if address not in leaving}
+    return [
+        node for node in book.nodes.values() if node.group not in staying and (groups is None or node.group in groups)
+    ]
+
+
+def _goes(backend: Backend, group: int, moves: Iterable[Move]) -> bool:
+    """Whether the group's node goes away with these moves."""
+    left = {each.address for each in sysfs.group_devices(backend, group) if each.on_vfio}
+    return not left - {move.device.address for move in moves}
+
+
+def node_state(backend: Backend, group: int) -> journal.NodeState | None:
+    """Owner and mode of the group's node; None where it does not exist."""
+    try:
+        status = backend.stat(sysfs.node(group))
+    except OSError as error:
+        if missing(error):
+            return None
+        raise
+    return journal.NodeState(group, status.uid, status.gid, status.mode & 0o7777)
+
+
+def note_stale(planned: Plan, book: journal.Journal) -> None:
+    """Tell that the journal of an earlier boot was ignored, if it was."""
+    if book.stale:
+        planned.notes.append(
+            f"the journal {book.path} was ignored: it is from an earlier boot, and what it says about {book.stale} "
+            "device(s) is void"
+        )
