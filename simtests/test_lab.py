@@ -4,6 +4,8 @@ import io
 import json
 import lzma
 import stat
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -335,6 +337,95 @@ def test_guest_that_does_not_answer_is_ended(fake_qemu: Path, monkeypatch: pytes
     script(fake_qemu, frames.Encoder().encode("B", b""), then="exec sleep 1000")
     with pytest.raises(machine.MachineDied, match="no longer answers"):
         run(timeout=0.3)
+
+
+# --- pytest --lab, with such a program
+
+
+PAGE_SIZE = "hwtests/test_machine.py::test_page_size_is_the_targets[pseries]"
+MODULES = "hwtests/test_machine.py::test_vfio_modules_are_loaded[pseries]"
+
+
+@pytest.fixture
+def fake_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """As `fake_qemu`, for another process: through its environment."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("COLUMNS", "200")  # or pytest cuts its summary short
+    kernel = image._image("powerpc64le")
+    kernel.mkdir(parents=True)
+    for path in (image._userland(), kernel / "vmlinux", kernel / "modules.cpio"):
+        path.write_bytes(b"")
+    (kernel / "release").write_text("6.12\n")
+    return tmp_path / "qemu-system-ppc64"
+
+
+def reports(nodeid: str, failing: str = "") -> list[dict[str, object]]:
+    """What the guest sends for a test; `failing` is its error."""
+    made: list[dict[str, object]] = [{"event": "start", "nodeid": nodeid}]
+    location = ("hwtests/test_machine.py", 1, "x")
+    for when in ("setup", "call", "teardown"):
+        error = failing if when == "call" else ""
+        report = pytest.TestReport(nodeid, location, {}, "failed" if error else "passed", error or None, when)
+        made.append({"event": "report", "data": {**report._to_json(), "$report_type": "TestReport"}})
+    return [*made, {"event": "finish", "nodeid": nodeid}]
+
+
+def boot(encoder: frames.Encoder, records: list[dict[str, object]], exit_status: int | None) -> bytes:
+    """The console of a machine that sends `records`, and an exit status unless it dies first."""
+    lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+    end = b"" if exit_status is None else encoder.encode(frames.EXIT, str(exit_status).encode())
+    return encoder.encode(frames.READY, b"") + encoder.encode(frames.RECORD, lines) + b"last words\n" + end
+
+
+def run_pytest(qemu_path: Path, boots: list[bytes], *options: str) -> subprocess.CompletedProcess[str]:
+    """`pytest --lab pseries` of two tests, where the n-th boot of the machine says the n-th of `boots`."""
+    for number, console in enumerate(boots, start=1):
+        Path(f"{qemu_path}.{number}").write_bytes(console)
+    count = f"echo >> {qemu_path}.count; n=$(wc -l < {qemu_path}.count)"
+    qemu_path.write_text(f"#!/bin/sh\n{count}\ncat {qemu_path}.$n\n")
+    qemu_path.chmod(0o755)
+    words = [sys.executable, "-m", "pytest", "hwtests/test_machine.py", "--lab", "pseries", "-p", "no:cacheprovider"]
+    words += ["-k", "page_size_is or modules_are", "-rA", *options]
+    return subprocess.run(words, cwd=overlay.CHECKOUT, capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_pytest_reports_what_the_guest_did(fake_cache: Path) -> None:
+    console = boot(frames.Encoder(), reports(PAGE_SIZE) + reports(MODULES, "no such module"), 1)
+    result = run_pytest(fake_cache, [console])
+    assert f"PASSED {PAGE_SIZE}" in result.stdout
+    assert f"FAILED {MODULES} - no such module" in result.stdout
+    assert "1 failed, 1 passed" in result.stdout
+    assert result.returncode == 1
+
+
+def test_pytest_boots_again_after_a_test_that_kills_the_machine(fake_cache: Path) -> None:
+    killed = boot(frames.Encoder(), reports(PAGE_SIZE)[:2], None)
+    result = run_pytest(fake_cache, [killed, boot(frames.Encoder(), reports(MODULES), 0)])
+    assert f"FAILED {PAGE_SIZE} - the machine stopped by itself" in result.stdout
+    assert "last words" in result.stdout
+    assert f"PASSED {MODULES}" in result.stdout
+
+
+def test_pytest_stops_at_the_first_failure_when_told_so(fake_cache: Path) -> None:
+    console = boot(frames.Encoder(), reports(PAGE_SIZE, "wrong") + reports(MODULES), 1)
+    result = run_pytest(fake_cache, [console], "-x")
+    assert "1 failed" in result.stdout
+    assert "1 passed" not in result.stdout
+
+
+def test_pytest_fails_every_test_that_a_dead_guest_never_ran(fake_cache: Path) -> None:
+    result = run_pytest(fake_cache, [boot(frames.Encoder(), [], 4)])
+    assert f"ERROR {PAGE_SIZE} - not run on pseries" in result.stdout
+    assert f"ERROR {MODULES} - not run on pseries" in result.stdout
+    assert result.returncode == 1
+
+
+def test_hwtests_without_a_machine_say_how_to_run_them() -> None:
+    words = [sys.executable, "-m", "pytest", "hwtests", "-p", "no:cacheprovider"]
+    result = subprocess.run(words, cwd=overlay.CHECKOUT, capture_output=True, text=True, check=False, timeout=60)
+    assert "pytest hwtests --lab powernv8" in result.stdout
+    assert result.returncode == pytest.ExitCode.NO_TESTS_COLLECTED
 
 
 # --- what the initramfs holds

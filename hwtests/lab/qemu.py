@@ -1,0 +1,77 @@
+"""The arguments of QEMU, made from a topology."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from hwtests.lab.errors import LabError
+from vfio.topology import Device, Phb, Topology
+
+PROGRAM = "qemu-system-ppc64"
+PACKAGE = "qemu-system-ppc"
+
+# No kernel message on the console, where it would hit a frame; a panic ends the machine; no tests of the kernel's
+# cryptography, which take half a second under emulation.
+_APPEND = "console=hvc0 quiet loglevel=1 panic=-1 cryptomgr.notests=1"
+
+
+def find() -> str:
+    """The path of QEMU. Raises LabError, naming the Debian package."""
+    path = shutil.which(PROGRAM)
+    if path is None:
+        raise LabError(f"{PROGRAM} is not in PATH; install Debian's package {PACKAGE}: apt install {PACKAGE}")
+    return path
+
+
+def arguments(
+    machine: Topology,
+    vmlinux: Path,
+    initrd: Path,
+    drives: dict[str, Path],
+    append: str = "",
+    memory: int = 0,
+    serial: str = "stdio",
+) -> list[str]:
+    """Everything after the program's name. `drives` has a file for every device of `drives_of`; `memory` (bytes)
+    replaces the topology's."""
+    words = ["-M", machine.machine.type, "-m", f"{(memory or machine.machine.memory) >> 20}M", "-smp", "1"]
+    words += ["-nodefaults", "-nographic", "-monitor", "none", "-net", "none", "-no-reboot", "-serial", serial]
+    for device in machine.machine.devices:
+        words += ["-device", device]
+    for phb in machine.phbs:
+        words += _phb(phb, drives)
+    words += ["-kernel", str(vmlinux), "-initrd", str(initrd), "-append", f"{_APPEND} {append}".strip()]
+    return words
+
+
+def drives_of(machine: Topology) -> dict[str, int]:
+    """The addresses of the devices that need a backing file, and its size in bytes."""
+    return {device.address: device.drive for device in machine.devices if device.drive}
+
+
+def _phb(phb: Phb, drives: dict[str, Path]) -> Iterator[str]:
+    if phb.root_port:
+        yield from ("-device", f"pnv-phb,chip-id=0,index={phb.index},id=phb{phb.index}")
+        yield from ("-device", f"{phb.root_port.model},bus=phb{phb.index},id=port{phb.index}")
+        bus = f"port{phb.index}"
+    elif phb.index == 0:  # pseries has this one anyway
+        bus = "pci.0"
+    else:
+        yield from ("-device", f"spapr-pci-host-bridge,index={phb.index},id=phb{phb.index}")
+        bus = f"phb{phb.index}.0"
+    for device in phb.devices:
+        yield from _device(device, bus, drives)
+
+
+def _device(device: Device, bus: str, drives: dict[str, Path]) -> Iterator[str]:
+    words = [device.model, f"bus={bus}", f"addr={device.slot}"]
+    if device.drive:
+        name = "drive" + "".join(c for c in device.address if c.isalnum())
+        yield from ("-drive", f"if=none,id={name},format=raw,file={_escaped(str(drives[device.address]))}")
+        words.append(f"drive={name}")
+    words += [f"{key}={value}" for key, value in device.properties]
+    yield from ("-device", ",".join(words))
+
+
+def _escaped(path: str) -> str:
+    return path.replace(",", ",,")
