@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vfio import address as addresses
 from vfio import errors, usage
@@ -27,8 +27,7 @@ _PE_NAME = re.compile(r"domain(\d+)-pe([0-9a-f]+)")
 _EEH_FILES = ("eeh_mode", "eeh_pe_config_addr", "eeh_pe_state")
 
 
-@dataclass(frozen=True)
-class PciDevice:
+class PciDevice(NamedTuple):
     """One PCI function, as sysfs shows it."""
 
     address: str

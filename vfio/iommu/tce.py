@@ -8,7 +8,7 @@ arch/powerpc/platforms/pseries/iommu.c.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vfio import errors
 
@@ -21,8 +21,7 @@ _ADDRESS_BITS = 55
 """The levels together must index fewer bits than this."""
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """A TCE table: window size and page size in bytes (powers of two), number of levels, host page size in bytes."""
 
     window_size: int
