@@ -290,6 +290,16 @@ def test_detaching_one_group_leaves_the_others_mappings_working(backend, two_edu
 
 
 @POWERNV
+def test_closing_one_group_leaves_the_others_mappings_working(backend, two_edus):
+    first, second = two_edus
+    with vfio.open_device(first, backend) as device, vfio.Group(sysfs.group_of(backend, second), backend) as group:
+        device.group.container.attach(group)
+        with mapped_pair(device.iommu) as (source, sink):
+            group.close()
+            assert moves_data(Edu(device), source, sink)
+
+
+@POWERNV
 def test_group_does_not_leave_while_a_mapper_is_in_use(backend, two_edus):
     first, second = two_edus
     with vfio.open_device(first, backend) as device, vfio.Group(sysfs.group_of(backend, second), backend) as group:

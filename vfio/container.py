@@ -107,8 +107,6 @@ class Container(Closing):
                     raise errors.Busy(f"cannot detach group {group.number}", [], "close its devices first") from error
                 raise errors.CallFailed(error.errno or errno.EIO, f"cannot detach group {group.number}") from error
             self.forget(group)
-            if self.iommu:
-                self.iommu.remap()
 
     def set_iommu(self, model: type[M]) -> M:
         """Give the container the IOMMU `model` (VFIO_SET_IOMMU), for example ``vfio.SpaprTceV2``.
@@ -148,7 +146,11 @@ class Container(Closing):
             if group in self.groups:
                 self.groups.remove(group)
             group.container = None
-            if not self.groups and self.iommu:
+            if not self.iommu:
+                return
+            if self.groups:
+                self.iommu.remap()
+            else:
                 self.iommu.gone()
                 self.iommu = None
 

@@ -15,7 +15,7 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, NamedTuple
 
 from vfio import errors, uapi
-from vfio.dma import DmaMemory
+from vfio.dma import Dma, DmaMemory
 from vfio.iommu import registration, tce
 from vfio.iommu.model import Iommu
 from vfio.iommu.window import DmaWindow
@@ -76,18 +76,21 @@ class Spapr(Iommu):
     def remove_window(self, window: DmaWindow) -> None:
         """Take the window from the container."""
 
-    def window_for(self, length: int, iova: int | None) -> DmaWindow:
-        """The window that holds this IOVA range, or the first with a free range of `length` bytes."""
-        windows = self.windows
+    def map_somewhere(self, memory: DmaMemory, iova: int | None, read: bool, write: bool) -> Dma:
+        """Map in the window that has `iova`, or in the first that has room."""
+        windows, full = self.windows, None
         for window in windows:
             if iova is None:
-                if window.largest_free > length:
-                    return window
+                try:
+                    return window.map(memory, read=read, write=write)
+                except errors.NoSpace as error:
+                    full = error
             elif window.start <= iova < window.end:
-                return window
-        if iova is None and windows:
-            raise errors.NoSpace(f"cannot map {errors.size(length)}", length, max(w.largest_free for w in windows))
-        raise errors.OutsideWindow(f"cannot map {errors.size(length)}", iova or 0, length, [str(w) for w in windows])
+                return window.map(memory, iova, read=read, write=write)
+        if full:
+            raise full
+        what = f"cannot map {errors.size(memory.length)}"
+        raise errors.OutsideWindow(what, iova or 0, memory.length, [str(window) for window in windows])
 
     def map_error(self, window: DmaWindow, error: OSError, address: int, iova: int, length: int) -> errors.VfioError:
         """What a failed MAP means."""

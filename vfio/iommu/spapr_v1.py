@@ -71,7 +71,7 @@ class SpaprTce(Spapr):
         with self.lock:
             if not self._enabled:
                 self.enable()
-            return self.window_for(memory.length, iova).map(memory, iova, read=read, write=write)
+            return self.map_somewhere(memory, iova, read, write)
 
     def claim(self, window: DmaWindow, memory: DmaMemory, user: User) -> None:
         """v1 pins at MAP, writable whatever the flags.  A first page that fails at IOVA 0 hangs POWER8: fill it in now."""

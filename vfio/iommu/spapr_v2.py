@@ -101,11 +101,10 @@ class SpaprTceV2(Spapr):
         `DmaWindow.map` raise; on failure nothing stays registered.
         """
         with self.lock:
-            window = self.window_for(memory.length, iova)
             known = self._book.find(memory.address, memory.length)
             registered = None if known and self._enabled else self.register(memory)
             try:
-                dma = window.map(memory, iova, read=read, write=write)
+                dma = self.map_somewhere(memory, iova, read, write)
             except BaseException:
                 if registered:
                     registered.close()
