@@ -56,8 +56,10 @@ def test_pci_functions_are_the_topologys(topology: "Topology") -> None:
     functions = {device.address: device for phb in topology.phbs for device in phb.functions}
     assert sorted(path.name for path in _DEVICES.iterdir()) == sorted(functions)
     for address, device in functions.items():
-        shown = [int((_DEVICES / address / name).read_text(), 16) for name in ("vendor", "device", "class")]
-        assert shown == [device.vendor, device.device, device.device_class], address
+        files = ("vendor", "device", "class", "subsystem_vendor", "subsystem_device", "revision")
+        shown = [int((_DEVICES / address / name).read_text(), 16) for name in files]
+        identity = [device.vendor, device.device, device.device_class]
+        assert shown == [*identity, device.subsystem_vendor, device.subsystem_device, device.revision], address
 
 
 @pytest.mark.lab_only

@@ -1,5 +1,6 @@
 """Topology files: what the packaged ones say, and how a wrong one is refused."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -135,11 +136,19 @@ def test_part_with_a_phb_that_is_not_there_is_refused() -> None:
 def test_packaged_topologies_load(name: str) -> None:
     machine = topology.load(name)
     assert machine.name == name
-    assert machine.devices[0].model == "edu"
+    assert machine.groups()
+
+
+LAB = [name for name in topology.names() if topology.load(name).machine]
+
+
+@pytest.mark.parametrize("name", LAB)
+def test_machines_of_the_lab_begin_with_an_edu(name: str) -> None:
+    assert topology.load(name).devices[0].model == "edu"
 
 
 def test_the_three_machines_of_the_lab_are_packaged() -> None:
-    assert {"power8", "power9", "pseries"} <= set(topology.names())
+    assert LAB == ["power10", "power8", "power9", "pseries"]
 
 
 @pytest.mark.parametrize("name", ["power8", "power9", "power10"])
@@ -156,8 +165,10 @@ def test_load_takes_the_path_of_a_file(tmp_path: Path) -> None:
 
 
 def test_unknown_name_lists_the_packaged_ones() -> None:
-    with pytest.raises(TopologyError, match=r"no topology 'power7'; there are power10, power8, power9, pseries"):
-        topology.load("power7")
+    with pytest.raises(
+        TopologyError, match=r"no topology 'power6'; there are document, example, power10, power7, power8"
+    ):
+        topology.load("power6")
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
@@ -197,7 +208,7 @@ def test_missing_key_of_the_second_device_tells_where_the_device_begins() -> Non
     [
         ("levels = 5", 'levels = "5"', "iommu.levels: '5' is not an integer"),
         ("levels = 5", "levels = true", "iommu.levels: True is not an integer"),
-        ("levels = 5", "levels = 0", "iommu.levels: 0x0 is not in 0x1..0x7fffffffffffffff"),
+        ("levels = 5", "levels = 0", "iommu.levels: 0x0 is not in 0x1..0x5"),
         ("eeh = true", "eeh = 1", "platform.eeh: 1 is not true or false"),
         ('name = "PowerNV"', 'name = "powernv"', "platform.name: 'powernv' is not one of PowerNV, pSeries"),
         (
@@ -220,6 +231,36 @@ def test_missing_key_of_the_second_device_tells_where_the_device_begins() -> Non
         ("group = 7", "group = 4", "phb[1].device[0].group: group 4 is one PE, and already that of domain 0, PE 253"),
         ('label = "x"', 'label = "a,b"', "phb[0].device[0].properties: label = 'a,b' is not a string without commas"),
         ("class = 0x010802", "class = 0x1000000", "phb[1].device[0].class: 0x1000000 is not in 0x0..0xffffff"),
+        ("windows = 2", "windows = 3", "iommu.windows: 0x3 is not in 0x1..0x2"),
+        ("windows = 2", "windows = 2\ndynamic_windows = 1", "iommu.dynamic_windows: 1 is not true or false"),
+        ("eeh = true", "eeh = true\npage_size = 8192", "platform.page_size: 8192 is not 4096 or 65536"),
+        ("eeh = true", 'eeh = true\nkernel = "6.1"', "platform.kernel: '6.1' is not one of 6.12, 7.2"),
+        ("drive = 0x100000", "secondary_bus = 2", "secondary_bus: a device of class 0x010802 is no bridge"),
+        ("drive = 0x100000", 'driver = "../x"', "phb[1].device[0].driver: '../x' is not a name"),
+        ("drive = 0x100000", 'driver = ""', "phb[1].device[0].driver: '' is not a name"),
+        ("drive = 0x100000", 'disks = [{ name = "a", number = "x" }]', "disks[0].number: 'x' is not of the form 259:0"),
+        ("drive = 0x100000", "disks = [{}]", "phb[1].device[0].disks[0].number: missing; it must be a string"),
+        ("drive = 0x100000", "interfaces = [1]", "phb[1].device[0].interfaces: must be a list of one or more tables"),
+        ("drive = 0x100000", 'interfaces = [{ name = "a", ip = 1 }]', "interfaces[0].ip: unknown key"),
+        ("drive = 0x100000", "revision = 256", "phb[1].device[0].revision: 0x100 is not in 0x0..0xff"),
+        ("class = 0x060400", "class = 0x060400\nsecondary_bus = 0", "secondary_bus: 0x0 is not in 0x1..0xff"),
+        (
+            "drive = 0x100000",
+            'driver = "a"\n[[driver]]\nname = "a"\nids = ["14e4"]',
+            "driver[0].ids: '14e4' is not of the form 14e4:1657",
+        ),
+        (
+            "drive = 0x100000",
+            '[[driver]]\nname = "a"\n[[driver]]\nname = "a"',
+            "driver[1].name: driver a is used twice",
+        ),
+        (
+            'label = "x" }',
+            'label = "x" }\nwindow = { start = 0, size = 4096, page_size = 4096 }\n'
+            "[[phb.device]]\nmodel='edu'\naddress='0000:01:00.2'\nvendor=1\ndevice=1\nclass=0\ngroup=4\npe=0xfd\n"
+            "window = { start = 4096, size = 4096, page_size = 4096 }",
+            "phb[0].device[1].window: contradicts the window that group 4 has already",
+        ),
     ],
 )
 def test_broken_rule_is_named_with_its_value(old: str, new: str, message: str) -> None:
@@ -236,3 +277,112 @@ def test_address_used_twice_is_refused() -> None:
 def test_machine_without_phbs_is_refused() -> None:
     source = GOOD[: GOOD.index("[[phb]]")] + "[[phb]]\nindex = 0\ndomain = 0\ndevice = []\n"
     assert "phb[0].device: must be a list of one or more tables" in refused(source)
+
+
+# --- what only the modelled kernel needs ---
+
+SMALL = """\
+description = "two bridges in a row"
+
+[platform]
+name = "PowerNV"
+cpu = "POWER7"
+mmu = "Hash"
+eeh = true
+
+[iommu]
+dynamic_windows = false
+default_window = { start = 0, size = 0x40000000, page_size = 4096 }
+page_sizes = 0x1000
+levels = 1
+windows = 1
+
+[[phb]]
+domain = 0
+
+[[phb.device]]
+model = "bridge"
+address = "0000:00:00.0"
+vendor = 1
+device = 1
+class = 0x060400
+secondary_bus = 1
+
+[[phb.device]]
+model = "bridge"
+address = "0000:01:00.0"
+vendor = 1
+device = 1
+class = 0x060400
+secondary_bus = 2
+
+[[phb.device]]
+model = "endpoint"
+address = "0000:02:1f.3"
+vendor = 1
+device = 2
+class = 0
+group = 5
+"""
+
+
+def test_what_is_for_qemu_may_be_left_out() -> None:
+    machine = topology.parse(SMALL)
+    assert machine.machine is None
+    assert machine.phbs[0].index == 0
+    assert machine.device("0000:02:1f.3").slot == "1f.3"
+    assert machine.memory == 16 << 30
+    assert (machine.platform.page_size, machine.platform.kernel, machine.platform.release) == (4096, "6.12", None)
+
+
+def test_parents_are_found_by_bus_numbers() -> None:
+    phb = topology.parse(SMALL).phbs[0]
+    upper, lower, device = phb.devices
+    assert (phb.parent(device), phb.parent(lower), phb.parent(upper)) == (lower, upper, None)
+
+
+def test_bus_below_a_root_port_is_that_of_its_devices() -> None:
+    assert topology.parse(GOOD).device("0000:00:00.0").secondary_bus == 1
+
+
+def test_bus_below_two_bridges_is_refused() -> None:
+    assert "phb[0].device[1].secondary_bus: bus 0000:01 is used twice" in refused(
+        SMALL.replace("secondary_bus = 2", "secondary_bus = 1")
+    )
+
+
+def test_bridge_that_is_below_itself_is_refused() -> None:
+    source = SMALL.replace('"0000:01:00.0"', '"0000:03:00.0"')
+    assert "phb[0].device[1].secondary_bus: bus 2 is not below 3" in refused(source)
+
+
+def test_second_window_without_dynamic_windows_is_refused() -> None:
+    source = SMALL.replace("levels = 1", "levels = 1\nsecond_window_start = 0x80000000")
+    assert "iommu.second_window_start: unknown key" in refused(source)
+
+
+def test_power7_has_two_pes_with_a_fixed_window_each_and_says_where_that_is_from() -> None:
+    machine = topology.load("power7")
+    assert machine.iommu.dynamic_windows is False
+    assert [machine.default_window(group) for group in machine.groups()] == [
+        Window(0, 1 << 30, 4096),
+        Window(1 << 30, 1 << 30, 4096),
+    ]
+    assert "from the documents alone" in machine.description
+
+
+def test_document_has_its_group_26() -> None:
+    machine = topology.load("document")
+    assert [device.address for device in machine.groups()[26]] == ["0000:00:1e.0", "0000:06:0d.0", "0000:06:0d.1"]
+    device = machine.device("0000:06:0d.0")
+    assert (device.vendor, device.device, device.revision) == (0x1102, 0x0002, 0x08)
+    assert machine.phbs[0].parent(device) == machine.device("0000:00:1e.0")
+
+
+def test_example_uses_every_key() -> None:
+    """It is the format's description, so what it lacks nobody finds."""
+    source = Path(topology.__file__).parent.joinpath("topologies", "example.toml").read_text()
+    keys = set(re.findall(r"([a-z_0-9]+) =", source))
+    read = set(re.findall(r'table\.[a-z_]+\("([a-z_0-9]+)"', Path(topology.__file__).read_text()))
+    for_qemu = {"type", "devices", "index", "slot", "root_port", "properties", "drive"}
+    assert keys - {"description"} == read - for_qemu

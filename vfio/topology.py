@@ -1,30 +1,81 @@
 """What a machine consists of: PHBs, devices, groups, PEs, DMA windows. One topology, two machines.
 
 A topology is a TOML file. The lab makes the arguments of QEMU from it, the modelled kernel its answers, and a test holds
-its facts against what a real kernel shows on that machine, so the two cannot drift apart. All facts in the packaged
-files were seen on a real kernel.
+its facts against what a real kernel shows on that machine, so the two cannot drift apart. All facts in the files of the
+lab's machines were seen on a real kernel; `power7` and `document` say where theirs come from.
 
     >>> from vfio import topology
     >>> machine = topology.load("power8")
     >>> machine.device("0000:01:00.0").group
     0
+
+The smallest machine, and all that is needed for ``fake:FILE.toml``::
+
+    description = "one device"
+
+    [platform]
+    name = "PowerNV"           # or "pSeries"
+    cpu = "POWER9"
+    mmu = "Radix"
+    eeh = true
+
+    [iommu]
+    default_window = { start = 0, size = 0x8000_0000, page_size = 4096 }
+    second_window_start = 0x0800_0000_0000_0000
+    page_sizes = 0x4021_1000   # a mask: 4K 64K 2M 1G
+    levels = 5
+    windows = 2
+
+    [[phb]]
+    domain = 0
+
+    [[phb.device]]
+    address = "0000:00:00.0"
+    vendor = 0x1234
+    device = 0x11e8
+    class = 0x00ff00
+    group = 0
+    pe = 1
+    model = "edu"
+
+Sizes and addresses are in bytes. ``topologies/example.toml`` uses every key that the modelled kernel knows, each with its
+meaning; ``[machine]``, ``index``, ``slot``, ``root_port``, ``properties`` and ``drive`` are for QEMU.
 """
+
+from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+
+from vfio.topology_table import Origin, Table, TopologyError
+
+__all__ = [
+    "Device",
+    "Disk",
+    "Driver",
+    "Interface",
+    "Iommu",
+    "Machine",
+    "Phb",
+    "Platform",
+    "Topology",
+    "TopologyError",
+    "Window",
+    "load",
+    "names",
+    "parse",
+]
 
 _PACKAGED = Path(__file__).parent / "topologies"
-_ADDRESS = re.compile(r"(?P<domain>[0-9a-f]{4}):(?P<bus>[0-9a-f]{2}):(?P<slot>[01][0-9a-f])\.(?P<function>[0-7])")
+_ADDRESS = re.compile(r"(?P<domain>[0-9a-f]{4,8}):(?P<bus>[0-9a-f]{2}):(?P<slot>[01][0-9a-f])\.(?P<function>[0-7])")
 _SLOT = re.compile(r"(?P<slot>[01]?[0-9a-f])\.(?P<function>[0-7])")
-
-
-class TopologyError(ValueError):
-    """A topology file breaks a rule; the message names the file, the line where it can be found, the key and the
-    rule."""
+_ID = re.compile(r"([0-9a-f]{4}):([0-9a-f]{4})")
+_NUMBER = re.compile(r"(\d{1,3}):(\d{1,7})")
+_BRIDGE = 0x06
+"""The base class of devices that can have a bus below them."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +92,13 @@ class Iommu:
     """What VFIO_IOMMU_SPAPR_TCE_GET_INFO says of every PE of the machine, and where windows appear."""
 
     default_window: Window
-    second_window_start: int  # bus address of the first window created beside the default one
+    second_window_start: (
+        int  # bus address of the first window created beside the default one; 0 without dynamic windows
+    )
     page_sizes: int  # mask: bit n set means IOMMU pages of 1 << n bytes
     levels: int  # most levels that a TCE table can have
     windows: int  # most windows of a PE, the default one included
+    dynamic_windows: bool = True  # whether windows can be created and removed (DDW); without, there is no v2 (IODA1)
 
 
 @dataclass(frozen=True)
@@ -55,6 +109,10 @@ class Platform:
     cpu: str  # "POWER8", ...
     mmu: str  # "Hash" or "Radix"
     eeh: bool  # whether EEH answers
+    page_size: int = 4096  # host page in bytes, unless the target or the URL says otherwise
+    kernel: str = "6.12"  # whose answers the modelled kernel gives, unless the URL says otherwise
+    release: str | None = None  # what uname -r says, where it is known
+    memory: int = 16 << 30  # bytes of RAM, unless [machine] says
 
 
 @dataclass(frozen=True)
@@ -67,20 +125,65 @@ class Machine:
 
 
 @dataclass(frozen=True)
+class Driver:
+    """A PCI driver of the host's, loaded when the machine has booted."""
+
+    name: str
+    ids: tuple[tuple[int, int], ...] = ()  # vendor and device; it also takes every device that names it
+    vfio: bool = False  # a variant driver of vfio-pci: its devices are open to VFIO
+
+
+@dataclass(frozen=True)
+class Interface:
+    """A network interface."""
+
+    name: str
+    up: bool = True
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A block device, a partition too, and what the host uses it for."""
+
+    name: str
+    number: tuple[int, int]  # major, minor
+    mounted: tuple[str, ...] = ()  # where
+    swap: bool = False
+    btrfs: bool = False  # a member of a btrfs that is mounted under another member's name
+    holders: tuple[str, ...] = ()  # what is built on it: dm-0, md0
+    multipath: bool = False  # an NVMe namespace that hangs under its subsystem rather than under one controller
+
+
+@dataclass(frozen=True)
 class Device:
     """A PCI function."""
 
-    model: str  # of QEMU's -device: "edu", "nvme", ...
+    model: str  # of QEMU's -device: "edu", "nvme", ...; what the modelled kernel does not know is a plain endpoint
     address: str  # domain:bus:slot.function, as sysfs names it
     vendor: int  # PCI vendor ID
     device: int  # PCI device ID
     device_class: int  # PCI class code, 24 bits
     slot: str = ""  # slot.function on the bus below the PHB; empty for the root port
-    group: int | None = None  # IOMMU group; bridges have none
+    group: int | None = None  # IOMMU group; on POWER bridges have none
     pe: int | None = None  # PE number
     reset: tuple[str, ...] = ()  # ways to reset it, in the order of sysfs reset_method; empty: it has none
     properties: tuple[tuple[str, str], ...] = ()  # of QEMU's -device
     drive: int = 0  # bytes of the backing drive, for a device that has one
+    subsystem_vendor: int | None = None
+    subsystem_device: int | None = None
+    revision: int | None = None  # of these three, None is what the model has
+    secondary_bus: int | None = None  # a bridge: number of the bus below it
+    window: Window | None = None  # the default window of its PE, where that is not the machine's
+    driver: str | None = None  # of the host's, that has it after boot
+    driver_override: str | None = None  # that was written before
+    overridable: bool = True  # whether there is a driver_override file (kernels before 3.16 have none)
+    interfaces: tuple[Interface, ...] = ()
+    disks: tuple[Disk, ...] = ()
+
+    @property
+    def bus(self) -> int:
+        """Number of the bus that it sits on."""
+        return int(self.address.split(":")[1], 16)
 
 
 @dataclass(frozen=True)
@@ -97,6 +200,10 @@ class Phb:
         """The root port, if there is one, and the devices, as the kernel meets them."""
         return (self.root_port, *self.devices) if self.root_port else self.devices
 
+    def parent(self, device: Device) -> Device | None:
+        """The bridge above a device; None on a root bus."""
+        return next((each for each in self.functions if each.secondary_bus == device.bus), None)
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -106,13 +213,19 @@ class Topology:
     description: str
     platform: Platform
     iommu: Iommu
-    machine: Machine
+    machine: Machine | None  # None: not a machine of the lab
     phbs: tuple[Phb, ...]
+    drivers: tuple[Driver, ...] = ()
 
     @property
     def devices(self) -> tuple[Device, ...]:
         """The devices of every PHB, without the root ports."""
         return tuple(device for phb in self.phbs for device in phb.devices)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of RAM."""
+        return self.machine.memory if self.machine else self.platform.memory
 
     def device(self, address: str) -> Device:
         """The device, or the root port, at `address`. Raises KeyError."""
@@ -130,7 +243,12 @@ class Topology:
                 found[device.group] = (*found.get(device.group, ()), device)
         return found
 
-    def only(self, indexes: Iterable[int]) -> "Topology":
+    def default_window(self, group: int) -> Window:
+        """The window that the PE of this group has at boot."""
+        own = (device.window for device in self.groups().get(group, ()) if device.window)
+        return next(own, self.iommu.default_window)
+
+    def only(self, indexes: Iterable[int]) -> Topology:
         """The same machine with only these PHBs, which starts faster. The kernel numbers groups as it finds them, so
         groups are numbered anew; domains and PEs stay. Raises ValueError for a PHB that is not there."""
         wanted = set(indexes)
@@ -166,7 +284,7 @@ def load(name_or_path: str | Path) -> Topology:
             raise TopologyError(f"no topology {text!r}; there are {', '.join(names())}, or give the path of a file")
     try:
         source = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, ValueError) as error:
         raise TopologyError(f"{path}: cannot be read: {error}") from error
     return parse(source, str(path))
 
@@ -175,56 +293,76 @@ def parse(source: str, file: str = "<topology>") -> Topology:
     """A topology from the text of a file; `file` is its name in errors. Raises TopologyError."""
     try:
         data = tomllib.loads(source)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise TopologyError(f"{file}: not TOML: {error}") from error
-    root = _Table(data, (), _Origin(file, source))
-    name = Path(file).stem
+    root = Table(data, (), Origin(file, source))
     topology = Topology(
-        name=name,
+        name=Path(file).stem,
         description=root.text("description"),
         platform=_platform(root.table("platform")),
         iommu=_iommu(root.table("iommu")),
-        machine=_machine(root.table("machine")),
-        phbs=tuple(_phb(table) for table in root.tables("phb")),
+        machine=_machine(root.table("machine")) if root.has("machine") else None,
+        phbs=tuple(_phb(table, place) for place, table in enumerate(root.tables("phb"))),
+        drivers=tuple(_driver(table) for table in root.optional_tables("driver")),
     )
     root.end()
     _check_whole(topology, root)
     return topology
 
 
-def _platform(table: "_Table") -> Platform:
+def _platform(table: Table) -> Platform:
     platform = Platform(
         name=table.text("name", one_of=("PowerNV", "pSeries")),
         cpu=table.text("cpu"),
         mmu=table.text("mmu", one_of=("Hash", "Radix")),
         eeh=table.boolean("eeh"),
+        page_size=table.integer("page_size", 4096, 65536) if table.has("page_size") else 4096,
+        kernel=table.text("kernel", one_of=("6.12", "7.2")) if table.has("kernel") else "6.12",
+        release=table.optional_name("release"),
+        memory=table.integer("memory", minimum=1 << 20) if table.has("memory") else 16 << 30,
     )
+    if platform.page_size not in (4096, 65536):
+        raise table.error("page_size", f"{platform.page_size} is not 4096 or 65536")
     table.end()
     return platform
 
 
-def _iommu(table: "_Table") -> Iommu:
-    window = table.table("default_window")
-    default = Window(
-        start=window.integer("start"),
-        size=window.integer("size", minimum=1),
-        page_size=window.integer("page_size", minimum=1),
-    )
-    if default.page_size & (default.page_size - 1) or default.size % default.page_size:
-        raise window.error("page_size", "must be a power of two that divides the size")
-    window.end()
+def _iommu(table: Table) -> Iommu:
+    dynamic = table.boolean("dynamic_windows") if table.has("dynamic_windows") else True
+    default = _window(table.table("default_window"))
     page_sizes = table.integer("page_sizes", minimum=1)
     if not page_sizes & default.page_size:
         raise table.error("page_sizes", f"{page_sizes:#x} lacks the default window's page size {default.page_size:#x}")
-    start = table.integer("second_window_start")
-    if start < default.start + default.size:
-        raise table.error("second_window_start", f"{start:#x} lies inside or below the default window")
-    iommu = Iommu(default, start, page_sizes, table.integer("levels", minimum=1), table.integer("windows", minimum=1))
+    start = 0
+    if dynamic:
+        start = table.integer("second_window_start")
+        if start < default.start + default.size:
+            raise table.error("second_window_start", f"{start:#x} lies inside or below the default window")
+    iommu = Iommu(
+        default_window=default,
+        second_window_start=start,
+        page_sizes=page_sizes,
+        levels=table.integer("levels", 1, 5),
+        windows=table.integer("windows", 1, 2),
+        dynamic_windows=dynamic,
+    )
     table.end()
     return iommu
 
 
-def _machine(table: "_Table") -> Machine:
+def _window(table: Table) -> Window:
+    window = Window(
+        start=table.integer("start"),
+        size=table.integer("size", minimum=1),
+        page_size=table.integer("page_size", minimum=1),
+    )
+    if window.page_size & (window.page_size - 1) or window.size % window.page_size:
+        raise table.error("page_size", "must be a power of two that divides the size")
+    table.end()
+    return window
+
+
+def _machine(table: Table) -> Machine:
     machine = Machine(
         type=table.text("type"),
         memory=table.integer("memory", minimum=1 << 20),
@@ -234,28 +372,48 @@ def _machine(table: "_Table") -> Machine:
     return machine
 
 
-def _phb(table: "_Table") -> Phb:
-    domain = table.integer("domain", maximum=0xFFFF)
+def _driver(table: Table) -> Driver:
+    ids = []
+    for text in table.texts("ids") if table.has("ids") else ():
+        parts = _ID.fullmatch(text)
+        if not parts:
+            raise table.error("ids", f"{text!r} is not of the form 14e4:1657 (vendor:device, lower-case hexadecimal)")
+        ids.append((int(parts[1], 16), int(parts[2], 16)))
+    driver = Driver(table.name("name"), tuple(ids), table.boolean("vfio") if table.has("vfio") else False)
+    table.end()
+    return driver
+
+
+def _phb(table: Table, place: int) -> Phb:
+    domain = table.integer("domain", maximum=0xFFFFFFFF)
     root_port = table.table("root_port") if table.has("root_port") else None
+    index = table.integer("index") if table.has("index") else place
+    devices = tuple(_device(device, domain, on_bus=True) for device in table.tables("device"))
     phb = Phb(
-        index=table.integer("index"),
+        index=index,
         domain=domain,
-        root_port=_device(root_port, domain, on_bus=False) if root_port else None,
-        devices=tuple(_device(device, domain, on_bus=True) for device in table.tables("device")),
+        root_port=_root_port(_device(root_port, domain, on_bus=False), devices) if root_port else None,
+        devices=devices,
     )
     table.end()
     return phb
 
 
-def _device(table: "_Table", domain: int, on_bus: bool) -> Device:
+def _root_port(port: Device, devices: tuple[Device, ...]) -> Device:
+    """The bus below a root port is that of the first device, unless it is said."""
+    return port if port.secondary_bus is not None else replace(port, secondary_bus=devices[0].bus)
+
+
+def _device(table: Table, domain: int, on_bus: bool) -> Device:
     address = table.text("address")
     parts = _ADDRESS.fullmatch(address)
     if not parts:
         raise table.error("address", f"{address!r} is not of the form 0000:01:00.0 (lower-case hexadecimal)")
-    if int(parts["domain"], 16) != domain:
+    if parts["domain"] != f"{domain:04x}":
         raise table.error("address", f"{address} is not in the PHB's domain {domain:04x}")
-    slot = table.text("slot") if on_bus else ""
+    slot = ""
     if on_bus:
+        slot = table.text("slot") if table.has("slot") else f"{int(parts['slot'], 16):x}.{parts['function']}"
         place = _SLOT.fullmatch(slot)
         if not place:
             raise table.error("slot", f"{slot!r} is not of the form 0.1 (slot.function, hexadecimal)")
@@ -268,141 +426,81 @@ def _device(table: "_Table", domain: int, on_bus: bool) -> Device:
         vendor=table.integer("vendor", maximum=0xFFFF),
         device=table.integer("device", maximum=0xFFFF),
         device_class=table.integer("class", maximum=0xFFFFFF),
-        group=table.integer("group") if on_bus else None,
-        pe=table.integer("pe") if table.has("pe") else None,
+        group=table.optional("group", maximum=0x7FFFFFFF) if on_bus else None,
+        pe=table.optional("pe", maximum=0xFFFFFFFF),
         reset=tuple(table.texts("reset")) if table.has("reset") else (),
         properties=table.properties("properties"),
         drive=table.integer("drive", minimum=512) if table.has("drive") else 0,
+        subsystem_vendor=table.optional("subsystem_vendor", maximum=0xFFFF),
+        subsystem_device=table.optional("subsystem_device", maximum=0xFFFF),
+        revision=table.optional("revision", maximum=0xFF),
+        secondary_bus=table.optional("secondary_bus", minimum=1, maximum=0xFF),
+        window=_window(table.table("window")) if table.has("window") else None,
+        driver=table.optional_name("driver"),
+        driver_override=table.optional_name("driver_override"),
+        overridable=table.boolean("overridable") if table.has("overridable") else True,
+        interfaces=tuple(_interface(each) for each in table.optional_tables("interfaces")),
+        disks=tuple(_disk(each) for each in table.optional_tables("disks")),
     )
+    if device.secondary_bus is not None and device.device_class >> 16 != _BRIDGE:
+        raise table.error("secondary_bus", f"a device of class {device.device_class:#08x} is no bridge")
     table.end()
     return device
 
 
-def _check_whole(topology: Topology, root: "_Table") -> None:
+def _interface(table: Table) -> Interface:
+    interface = Interface(table.name("name"), table.boolean("up") if table.has("up") else True)
+    table.end()
+    return interface
+
+
+def _disk(table: Table) -> Disk:
+    number = table.text("number")
+    parts = _NUMBER.fullmatch(number)
+    if not parts:
+        raise table.error("number", f"{number!r} is not of the form 259:0 (major:minor)")
+    disk = Disk(
+        name=table.name("name"),
+        number=(int(parts[1]), int(parts[2])),
+        mounted=tuple(table.texts("mounted")) if table.has("mounted") else (),
+        swap=table.boolean("swap") if table.has("swap") else False,
+        btrfs=table.boolean("btrfs") if table.has("btrfs") else False,
+        holders=tuple(table.texts("holders")) if table.has("holders") else (),
+        multipath=table.boolean("multipath") if table.has("multipath") else False,
+    )
+    table.end()
+    return disk
+
+
+def _check_whole(topology: Topology, root: Table) -> None:
     """Rules between PHBs and devices."""
-    places: dict[str, str] = {}
+    taken: set[str] = set()
+    pes: dict[int, str] = {}
+
+    def once(what: str, *path: str | int) -> None:
+        if what in taken:
+            raise root.error(path, f"{what} is used twice")
+        taken.add(what)
+
     for i, phb in enumerate(topology.phbs):
-        for key in (f"index {phb.index}", f"domain {phb.domain}"):
-            if key in places:
-                raise root.error(("phb", i, key.split()[0]), f"{key} is used twice")
-            places[key] = key
+        once(f"index {phb.index}", "phb", i, "index")
+        once(f"domain {phb.domain}", "phb", i, "domain")
+        if phb.root_port:
+            once(phb.root_port.address, "phb", i, "root_port", "address")
+            once(f"bus {phb.domain:04x}:{phb.root_port.secondary_bus:02x}", "phb", i, "root_port", "secondary_bus")
         for j, device in enumerate(phb.devices):
-            if device.address in places:
-                raise root.error(("phb", i, "device", j, "address"), f"{device.address} is used twice")
-            places[device.address] = device.address
-            owner = f"domain {phb.domain}, PE {device.pe}"
-            if places.setdefault(f"group {device.group}", owner) != owner:
-                where = places[f"group {device.group}"]
-                raise root.error(
-                    ("phb", i, "device", j, "group"), f"group {device.group} is one PE, and already that of {where}"
-                )
-
-
-@dataclass(frozen=True)
-class _Origin:
-    """The text that a topology comes from, to say where in it a key is."""
-
-    file: str
-    source: str
-
-    def line(self, path: tuple[str | int, ...]) -> int | None:
-        """The line of the key at `path`, of the nearest table above it where it has no line of its own, or None."""
-        best, best_length = None, 0
-        here: tuple[str | int, ...] = ()
-        counts: dict[tuple[str | int, ...], int] = {}
-        for number, line in enumerate(self.source.splitlines(), start=1):
-            if header := re.match(r"\s*(\[\[?)\s*([\w.]+)\s*\]", line):
-                here = ()
-                parts = header[2].split(".")
-                for depth, part in enumerate(parts, start=1):
-                    here += (part,)
-                    if header[1] == "[[" and depth == len(parts):
-                        counts[here] = counts.get(here, -1) + 1
-                    if here in counts:
-                        here += (counts[here],)
-                candidate = here
-            elif key := re.match(r"\s*([\w-]+)\s*=", line):
-                candidate = (*here, key[1])
-            else:
-                continue
-            if path[: len(candidate)] == candidate and len(candidate) > best_length:
-                best, best_length = number, len(candidate)
-        return best
-
-
-class _Table:
-    """A TOML table that is read key by key; what is left over at the end is an unknown key."""
-
-    def __init__(self, data: dict[str, Any], path: tuple[str | int, ...], origin: _Origin) -> None:
-        self._left = dict(data)
-        self._path = path
-        self._origin = origin
-
-    def has(self, key: str) -> bool:
-        return key in self._left
-
-    def text(self, key: str, one_of: tuple[str, ...] = ()) -> str:
-        value = self._take(key, str, "a string")
-        if one_of and value not in one_of:
-            raise self.error(key, f"{value!r} is not one of {', '.join(one_of)}")
-        return str(value)
-
-    def integer(self, key: str, minimum: int = 0, maximum: int = (1 << 63) - 1) -> int:
-        value = self._take(key, int, "an integer")
-        if not minimum <= value <= maximum:
-            raise self.error(key, f"{value:#x} is not in {minimum:#x}..{maximum:#x}")
-        return int(value)
-
-    def boolean(self, key: str) -> bool:
-        return bool(self._take(key, bool, "true or false"))
-
-    def texts(self, key: str) -> Iterator[str]:
-        for value in self._take(key, list, "a list of strings"):
-            if not isinstance(value, str):
-                raise self.error(key, f"{value!r} is not a string")
-            yield value
-
-    def properties(self, key: str) -> tuple[tuple[str, str], ...]:
-        """QEMU properties: strings as they are, integers in hexadecimal, true and false as on and off."""
-        if not self.has(key):
-            return ()
-        spelled = []
-        for name, value in self._take(key, dict, "a table").items():
-            if isinstance(value, bool):
-                spelled.append((name, "on" if value else "off"))
-            elif isinstance(value, int):
-                spelled.append((name, hex(value)))
-            elif isinstance(value, str) and "," not in value:
-                spelled.append((name, value))
-            else:
-                raise self.error(key, f"{name} = {value!r} is not a string without commas, an integer or a boolean")
-        return tuple(spelled)
-
-    def table(self, key: str) -> "_Table":
-        return _Table(self._take(key, dict, "a table"), (*self._path, key), self._origin)
-
-    def tables(self, key: str) -> list["_Table"]:
-        found = self._take(key, list, "a list of tables")
-        if not found or not all(isinstance(value, dict) for value in found):
-            raise self.error(key, "must be a list of one or more tables")
-        return [_Table(value, (*self._path, key, i), self._origin) for i, value in enumerate(found)]
-
-    def end(self) -> None:
-        """Everything must have been asked for."""
-        for key in self._left:
-            raise self.error(key, "unknown key")
-
-    def error(self, key: str | tuple[str | int, ...], rule: str) -> TopologyError:
-        path = (*self._path, *((key,) if isinstance(key, str) else key))
-        dotted = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
-        line = self._origin.line(path)
-        where = self._origin.file if line is None else f"{self._origin.file}:{line}"
-        return TopologyError(f"{where}: {dotted}: {rule}")
-
-    def _take(self, key: str, kind: type, what: str) -> Any:
-        if key not in self._left:
-            raise self.error(key, f"missing; it must be {what}")
-        value = self._left.pop(key)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise self.error(key, f"{value!r} is not {what}")
-        return value
+            here = ("phb", i, "device", j)
+            once(device.address, *here, "address")
+            if device.secondary_bus is not None:
+                once(f"bus {phb.domain:04x}:{device.secondary_bus:02x}", *here, "secondary_bus")
+                if device.secondary_bus <= device.bus:
+                    raise root.error((*here, "secondary_bus"), f"bus {device.secondary_bus} is not below {device.bus}")
+            if device.group is not None:
+                owner = f"domain {phb.domain}, PE {device.pe}"
+                if pes.setdefault(device.group, owner) != owner:
+                    where = pes[device.group]
+                    raise root.error((*here, "group"), f"group {device.group} is one PE, and already that of {where}")
+                if device.window and topology.default_window(device.group) != device.window:
+                    raise root.error((*here, "window"), f"contradicts the window that group {device.group} has already")
+    for k, driver in enumerate(topology.drivers):
+        once(f"driver {driver.name}", "driver", k, "name")

@@ -136,6 +136,8 @@ class _TargetRun:
             words.append("-l")
         if option.verbose > 0:
             words.append("-" + "v" * option.verbose)
+        if option.transcripts:
+            words.append("--transcripts=.")
         return [*words, f"--lab-guest={self.target.name}", *files]
 
     def _record(self, record: dict[str, object]) -> None:

@@ -34,9 +34,12 @@ def arguments(
 ) -> list[str]:
     """Everything after the program's name. `drives` has a file for every device of `drives_of`; `memory` (bytes)
     replaces the topology's."""
-    words = ["-M", machine.machine.type, "-m", f"{(memory or machine.machine.memory) >> 20}M", "-smp", "1"]
+    qemu = machine.machine
+    if qemu is None:
+        raise LabError(f"the topology {machine.name} has no [machine] table, so QEMU cannot be asked for it")
+    words = ["-M", qemu.type, "-m", f"{(memory or qemu.memory) >> 20}M", "-smp", "1"]
     words += ["-nodefaults", "-nographic", "-monitor", "none", "-net", "none", "-no-reboot", "-serial", serial]
-    for device in machine.machine.devices:
+    for device in qemu.devices:
         words += ["-device", device]
     for phb in machine.phbs:
         words += _phb(phb, drives)

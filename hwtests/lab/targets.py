@@ -45,6 +45,12 @@ class System:
     platform: str  # "PowerNV" or "pSeries", as /proc/cpuinfo says
     topology: topology.Topology | None  # None on a real host
 
+    @property
+    def kernel(self) -> tuple[int, int]:
+        """Version of the running kernel: (6, 12)."""
+        major, minor = os.uname().release.split(".")[:2]
+        return int(major), int(re.match(r"\d+", minor)[0])  # type: ignore[index]
+
     @classmethod
     def of_target(cls, name: str) -> "System":
         """The machine of that target."""
