@@ -14,7 +14,7 @@ import click
 
 from vfio import errors
 
-from . import assignment, inventory, output, testing
+from . import assignment, fake, inventory, output, testing
 from .options import Options, common
 
 USAGE = 2
@@ -76,7 +76,7 @@ def cli(options: Options) -> None:
     """
 
 
-for command in (*inventory.COMMANDS, *assignment.COMMANDS, *testing.COMMANDS):
+for command in (*inventory.COMMANDS, *assignment.COMMANDS, *testing.COMMANDS, *fake.COMMANDS):
     cli.add_command(command)
 
 

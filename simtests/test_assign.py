@@ -7,17 +7,17 @@ import os
 import threading
 
 import pytest
-from conftest import power_host
-from sysfs_host import Driver, Function, SysfsHost
+from fake_host import Driver, Function, Host, power_host
 
 from vfio import assign, errors, journal, owner
+from vfio.fake.driver import DeviceId
 
 CARD = ["0000:01:00.0", "0000:01:00.1"]
 DISK = "0001:01:00.0"
 FREE = "0002:00:00.0"
 
 
-def drivers(host: SysfsHost) -> dict[str, str | None]:
+def drivers(host: Host) -> dict[str, str | None]:
     return {address: device.driver for address, device in host.devices.items()}
 
 
@@ -27,7 +27,7 @@ def drivers(host: SysfsHost) -> dict[str, str | None]:
 def test_bind_takes_a_device_from_its_driver(host):
     assign.bind([DISK], backend=host)
     assert host.devices[DISK].driver == "vfio-pci"
-    assert host.devices[DISK].override == "vfio-pci"
+    assert host.devices[DISK].driver_override == "vfio-pci"
     assert host.nodes[2].mode == 0o600
     assert host.changes == [
         f"/sys/bus/pci/devices/{DISK}/driver_override",
@@ -60,8 +60,7 @@ def test_bind_twice_changes_nothing_the_second_time(host):
 
 
 def test_a_device_on_a_variant_driver_stays_there():
-    host = SysfsHost(Function("0000:00:01.0", "mlx5_vfio", group=1), drivers=(Driver("mlx5_vfio"),))
-    host.files["/sys/devices/pci0000:00/0000:00:01.0/vfio-dev/vfio3/dev"] = "245:3\n"
+    host = Host(Function("0000:00:01.0", "mlx5_vfio", group=1), drivers=(Driver("mlx5_vfio", vfio=True),))
     assign.bind(["0000:00:01.0"], backend=host)
     assert host.devices["0000:00:01.0"].driver == "mlx5_vfio"
 
@@ -100,7 +99,7 @@ def test_a_bridge_is_refused(host):
 
 
 def test_a_device_without_group_is_refused():
-    host = SysfsHost(Function("0000:00:01.0"))
+    host = Host(Function("0000:00:01.0"))
     with pytest.raises(errors.NoGroup):
         assign.bind(["0000:00:01.0"], backend=host)
 
@@ -112,7 +111,7 @@ def test_a_device_that_is_not_there_is_refused_and_the_others_stay(host):
 
 
 def test_without_vfio_pci_the_error_names_the_module(host):
-    del host.drivers["vfio-pci"]
+    host.machine.driver_core.unload("vfio-pci")
     with pytest.raises(errors.ModuleMissing) as raised:
         assign.bind([DISK], backend=host)
     assert raised.value.remedy == "modprobe vfio-pci"
@@ -120,7 +119,7 @@ def test_without_vfio_pci_the_error_names_the_module(host):
 
 
 def test_an_unprivileged_user_is_told_who_may(host, state_dir):
-    host.uid = 4321
+    host.process.uid = 4321
     before = host.snapshot()
     with pytest.raises(errors.NotPrivileged) as raised:
         assign.bind([DISK], backend=host)
@@ -133,24 +132,22 @@ def test_an_unprivileged_user_is_told_who_may(host, state_dir):
 # --- refused, because the host has it in use ---
 
 
-def mounted(host: SysfsHost) -> str:
-    host.disk("nvme0n1", DISK, "259:0")
-    host.files["/proc/self/mountinfo"] = "36 35 259:0 / / rw - ext4 /dev/nvme0n1 rw\n"
+def mounted(host: Host) -> str:
+    host.disk("nvme0n1", DISK, "259:0", mounted=("/",))
     return f"{DISK}: disk nvme0n1 is mounted on /"
 
 
-def swap(host: SysfsHost) -> str:
-    host.disk("nvme0n1", DISK, "259:0")
-    host.files["/proc/swaps"] += "/dev/nvme0n1 partition 1048572 0 -2\n"
+def swap(host: Host) -> str:
+    host.disk("nvme0n1", DISK, "259:0", swap=True)
     return f"{DISK}: disk nvme0n1 is swap"
 
 
-def under_md(host: SysfsHost) -> str:
-    host.disk("nvme0n1", DISK, "259:0", "md0")
+def under_md(host: Host) -> str:
+    host.disk("nvme0n1", DISK, "259:0", holders=("md0",))
     return f"{DISK}: disk nvme0n1 is in use by md0"
 
 
-def interface_up(host: SysfsHost) -> str:
+def interface_up(host: Host) -> str:
     host.network("eth0", DISK, up=True)
     return f"{DISK}: network interface eth0 is up"
 
@@ -179,8 +176,7 @@ def test_a_whole_group_is_refused_for_one_device_of_it(host):
 
 
 def test_a_kernel_before_6_4_on_power_is_named(host):
-    host.drivers["vfio-pci"].probe_error = errno.EINVAL
-    host.files["/proc/sys/kernel/osrelease"] = "6.1.0-44-powerpc64le\n"
+    host.host.release = "6.1.0-44-powerpc64le"
     before = host.snapshot()
     with pytest.raises(errors.KernelTooOld) as raised:
         assign.bind([DISK], backend=host)
@@ -191,7 +187,8 @@ def test_a_kernel_before_6_4_on_power_is_named(host):
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EAGAIN, errno.EIO])
 def test_a_failed_probe_tells_the_errno_that_drivers_probe_hides(host, number):
-    host.drivers["vfio-pci"].probe_error = number
+    for nth in (1, 2):  # that of drivers_probe, and that of bind
+        host.machine.hooks.fail("probe vfio-pci", number, nth)
     before = host.snapshot()
     with pytest.raises(errors.CallFailed) as raised:
         assign.bind([DISK], backend=host)
@@ -202,8 +199,7 @@ def test_a_failed_probe_tells_the_errno_that_drivers_probe_hides(host, number):
 def test_restore_of_a_driver_while_the_group_is_in_use_names_the_user(host):
     assign.bind(CARD, backend=host)
     assign.unbind(CARD[:1], backend=host)
-    host.hold(77, "qemu", 7)
-    host.owned.add(7)
+    host.hold(77, "qemu", 7, device=CARD[1])
     with pytest.raises(errors.NotRestored) as raised:
         assign.restore(CARD[:1], backend=host)
     ((address, error),) = raised.value.failures
@@ -216,48 +212,45 @@ def test_restore_of_a_driver_while_the_group_is_in_use_names_the_user(host):
 
 
 def test_without_driver_override_the_id_is_lent_to_vfio_pci():
-    device = Function("0000:00:01.0", "edu", group=1, overridable=False)
-    host = SysfsHost(device, drivers=(Driver("edu", {(0x1234, 0x11E8)}),))
+    host = Host(Function("0000:00:01.0", "edu", group=1, overridable=False))
     before = host.snapshot()
     assign.bind(["0000:00:01.0"], backend=host)
-    assert device.driver == "vfio-pci"
-    assert host.drivers["vfio-pci"].added == set()
+    assert host.devices["0000:00:01.0"].driver == "vfio-pci"
+    assert host.drivers["vfio-pci"].dynamic_ids == []
     assign.restore(backend=host)
     assert host.snapshot() == before
 
 
 def test_an_id_that_would_bring_another_device_along_is_refused():
     other = Function("0000:00:02.0", group=2, overridable=False)
-    host = SysfsHost(Function("0000:00:01.0", group=1, overridable=False), other)
+    host = Host(Function("0000:00:01.0", group=1, overridable=False), other)
     with pytest.raises(errors.Refused) as raised:
         assign.bind(["0000:00:01.0"], backend=host)
     assert raised.value.remedy == "bind that one too: vfio bind 0000:00:01.0 0000:00:02.0"
     assert host.changes == []
     assign.bind(["0000:00:01.0", "0000:00:02.0"], backend=host)
-    assert other.driver == "vfio-pci"
+    assert host.devices[other.address].driver == "vfio-pci"
 
 
 def test_an_id_that_vfio_pci_has_already_stays():
-    device = Function("0000:00:01.0", group=1, overridable=False)
-    host = SysfsHost(device)
-    host.drivers["vfio-pci"].added.add((0x1234, 0x11E8, 0x1AF4, 0x1100))
+    host = Host(Function("0000:00:01.0", group=1, overridable=False))
+    host.drivers["vfio-pci"].dynamic_ids.append(DeviceId(0x1234, 0x11E8, 0x1AF4, 0x1100))
     before = host.snapshot()
     assign.bind(["0000:00:01.0"], backend=host)
-    assert device.driver == "vfio-pci"
+    assert host.devices["0000:00:01.0"].driver == "vfio-pci"
     assign.restore(backend=host)
     assert host.snapshot() == before
 
 
 def test_an_id_left_by_a_crash_is_taken_back_by_restore():
-    device = Function("0000:00:01.0", group=1, overridable=False)
-    host = SysfsHost(device)
+    host = Host(Function("0000:00:01.0", group=1, overridable=False))
     before = host.snapshot()
 
     with journal.locked(host) as book:  # as bind leaves it when it is killed between new_id and remove_id
         book.devices["0000:00:01.0"] = journal.DeviceState("0000:00:01.0", 1, None, None, "1234 11e8 1af4 1100")
         book.save()
     host.write_text("/sys/bus/pci/drivers/vfio-pci/new_id", "1234 11e8 1af4 1100\n")
-    assert device.driver == "vfio-pci"
+    assert host.devices["0000:00:01.0"].driver == "vfio-pci"
     assign.restore(backend=host)
     assert host.snapshot() == before
 
@@ -269,7 +262,7 @@ def test_unbind_frees_the_device_and_restore_brings_back_its_first_driver(host):
     before = host.snapshot()
     assign.bind([DISK], backend=host)
     assign.unbind([DISK], backend=host)
-    assert (host.devices[DISK].driver, host.devices[DISK].override) == (None, None)
+    assert (host.devices[DISK].driver, host.devices[DISK].driver_override) == (None, None)
     assert host.nodes == {}
     assign.restore([DISK], backend=host)
     assert host.snapshot() == before
@@ -278,9 +271,9 @@ def test_unbind_frees_the_device_and_restore_brings_back_its_first_driver(host):
 def test_unbind_of_a_free_device_changes_nothing_but_our_override(host):
     assign.unbind([FREE], backend=host)
     assert host.changes == []  # its override is not ours
-    host.devices[FREE].override = "vfio-pci"
+    host.devices[FREE].driver_override = "vfio-pci"
     assign.unbind([FREE], backend=host)
-    assert host.devices[FREE].override is None
+    assert host.devices[FREE].driver_override is None
 
 
 def test_unbind_of_a_device_on_another_driver_is_refused(host):
@@ -292,15 +285,13 @@ def test_unbind_of_a_device_on_another_driver_is_refused(host):
 
 def test_unbind_of_a_device_that_somebody_holds_is_refused_and_names_the_process(host):
     assign.bind([DISK], backend=host)
-    release = host.hold(77, "qemu -M pseries", 2)
-    host.devices[DISK].open_by = 77  # an unbind would now block
+    release = host.hold(77, "qemu -M pseries", 2, device=DISK)  # an unbind would now block
     with pytest.raises(errors.Busy) as raised:
         assign.unbind([DISK], backend=host)
     assert raised.value.errno == errno.EBUSY
     assert raised.value.holders == ((77, "qemu -M pseries"),)
     assert host.devices[DISK].driver == "vfio-pci"
     release()
-    host.devices[DISK].open_by = None
     assign.unbind([DISK], backend=host)
     assert host.devices[DISK].driver is None
 
@@ -333,7 +324,7 @@ def test_nobody_can_open_the_group_while_it_is_unbound(host):
 
 
 def test_restore_after_an_unbind_of_what_we_did_not_bind_brings_back_the_owner():
-    host = SysfsHost(Function("0000:00:01.0", "vfio-pci", group=1, override="vfio-pci"))
+    host = Host(Function("0000:00:01.0", "vfio-pci", group=1, override="vfio-pci"))
     host.nodes[1].uid, host.nodes[1].mode = 4321, 0o660
     before = host.snapshot()
     assign.unbind(["0000:00:01.0"], backend=host)
@@ -365,9 +356,7 @@ def test_restore_of_one_device_leaves_the_others_and_their_node(host):
 
 
 def test_restore_gives_a_node_back_that_was_there_before():
-    host = SysfsHost(
-        Function("0000:00:01.0", "vfio-pci", group=1, override="vfio-pci"), Function("0000:00:01.1", group=1)
-    )
+    host = Host(Function("0000:00:01.0", "vfio-pci", group=1, override="vfio-pci"), Function("0000:00:01.1", group=1))
     host.nodes[1].gid, host.nodes[1].mode = 107, 0o660
     before = host.snapshot()
     assign.bind(["0000:00:01.0"], whole_group=True, user="4321", backend=host)
@@ -377,7 +366,7 @@ def test_restore_gives_a_node_back_that_was_there_before():
 
 
 def test_restore_of_the_node_alone():
-    host = SysfsHost(Function("0000:00:01.0", "vfio-pci", group=1))
+    host = Host(Function("0000:00:01.0", "vfio-pci", group=1))
     before = host.snapshot()
     assign.bind(["0000:00:01.0"], user="4321", backend=host)
     assign.restore(["0000:00:01.0"], backend=host)
@@ -387,7 +376,7 @@ def test_restore_of_the_node_alone():
 
 def test_restore_puts_back_an_override_that_was_waiting(host):
     """An override written while a device is bound has no effect until the next probe; it is kept all the same."""
-    host.devices[DISK].override = "other"
+    host.devices[DISK].driver_override = "other"
     before = host.snapshot()
     assign.bind([DISK], backend=host)
     assign.restore(backend=host)
@@ -410,8 +399,7 @@ def test_restore_of_an_address_that_never_was_is_an_error(host):
 
 def test_a_device_that_was_unplugged_is_a_note_and_the_others_are_restored(host):
     assign.bind([*CARD, DISK], backend=host)
-    del host.devices[DISK]
-    host.nodes.pop(2)
+    host.unplug(DISK)
     plan = assign.restore(backend=host)
     assert plan.notes == [f"{DISK} is not there any more: there is nothing to restore"]
     assert [host.devices[address].driver for address in CARD] == ["tg3", "tg3"]
@@ -435,12 +423,12 @@ def test_one_device_that_cannot_be_restored_does_not_keep_the_others_from_it(hos
 
 def test_restore_names_the_module_of_a_driver_that_is_gone(host):
     assign.bind([DISK], backend=host)
-    nvme = host.drivers.pop("nvme")
+    host.machine.driver_core.unload("nvme")
     with pytest.raises(errors.NotRestored, match="modprobe nvme"):
         assign.restore(backend=host)
-    host.drivers["nvme"] = nvme
+    host.machine.driver_core.load("nvme")
     assign.restore(backend=host)
-    assert (host.devices[DISK].driver, host.devices[DISK].override) == ("nvme", None)
+    assert (host.devices[DISK].driver, host.devices[DISK].driver_override) == ("nvme", None)
 
 
 def test_bound_restores_what_it_bound_and_leaves_what_was_bound(host):
@@ -480,12 +468,12 @@ def test_a_dry_run_of_bind_prints_what_bind_does_and_changes_nothing(host, state
 
 
 def test_a_dry_run_needs_no_privilege(host, state_dir):
-    host.uid = 4321
+    host.process.uid = 4321
     assert len(assign.bind([DISK], user="4321", dry_run=True, backend=host).shell()) == 4
     assert not state_dir.exists()
 
 
-def run(host: SysfsHost, commands: list[str]) -> None:
+def run(host: Host, commands: list[str]) -> None:
     """What a shell does with the commands of a dry run."""
     for command in commands:
         words = command.split()

@@ -5,10 +5,9 @@ from __future__ import annotations
 import errno
 
 import pytest
-from conftest import power_host
+from fake_host import Host, power_host
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sysfs_host import Node, SysfsHost
 
 from vfio import assign, errors, journal
 from vfio.plan import Plan
@@ -18,16 +17,17 @@ DISK = "0001:01:00.0"
 FREE = "0002:00:00.0"
 
 
-def arranged() -> SysfsHost:
+def arranged() -> Host:
     """A host whose group 7 has a node that belongs to somebody, and a waiting override."""
     host = power_host()
-    host.devices[CARD[1]].driver = host.devices[CARD[1]].override = "vfio-pci"
-    host.nodes[7] = Node(55, 66, 0o640)
-    host.devices[DISK].override = "other"
+    host.move(CARD[1], "vfio-pci", override="vfio-pci")
+    node = host.nodes[7]
+    node.uid, node.gid, node.mode = 55, 66, 0o640
+    host.devices[DISK].driver_override = "other"
     return host
 
 
-def bind_much(host: SysfsHost) -> Plan:
+def bind_much(host: Host) -> Plan:
     return assign.bind([CARD[0], DISK, FREE], whole_group=True, user="4321:77", backend=host)
 
 

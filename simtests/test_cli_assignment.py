@@ -86,8 +86,7 @@ def test_bind_as_json(vfio_json):
 
 
 def test_a_disk_in_use_is_refused_with_the_reason_and_the_way_out(vfio, host):
-    host.disk("nvme0n1", DISK, "259:0")
-    host.files["/proc/self/mountinfo"] = "36 35 259:0 / / rw - ext4 /dev/nvme0n1 rw\n"
+    host.disk("nvme0n1", DISK, "259:0", mounted=("/",))
     result = vfio("bind", DISK)
     assert result.exit_code == 1
     assert result.stdout == ""
@@ -101,7 +100,7 @@ def test_a_disk_in_use_is_refused_with_the_reason_and_the_way_out(vfio, host):
 
 
 def test_an_unprivileged_user_is_told_to_use_sudo(vfio, host):
-    host.uid = 4321
+    host.process.uid = 4321
     result = vfio("bind", DISK)
     assert result.exit_code == 1
     first, second = result.stderr.splitlines()
@@ -171,7 +170,7 @@ def test_restore_takes_addresses_or_all(vfio, words):
 
 def test_a_note_of_an_unplugged_device(vfio, host):
     vfio("bind", DISK)
-    del host.devices[DISK]
+    host.unplug(DISK)
     result = vfio("restore", "--all")
     assert result.exit_code == 0
     assert result.stderr == f"vfio: {DISK} is not there any more: there is nothing to restore\n"

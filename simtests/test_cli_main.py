@@ -17,7 +17,7 @@ DISK = "0001:01:00.0"
 
 
 def test_the_commands_are_those_of_the_manual():
-    assert COMMANDS == ["bind", "list", "restore", "selftest", "show", "unbind", "why"]
+    assert COMMANDS == ["bind", "fake", "list", "restore", "selftest", "show", "unbind", "why"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

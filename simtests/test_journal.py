@@ -9,8 +9,7 @@ import os
 import threading
 
 import pytest
-from conftest import power_host
-from sysfs_host import SysfsHost
+from fake_host import Host, power_host
 
 from vfio import assign, errors, journal
 from vfio.backends.trace import TextTrace, TraceBackend
@@ -49,8 +48,8 @@ def test_a_journal_that_cannot_be_written_keeps_everything_unchanged(host, state
 def test_a_journal_from_before_a_reboot_is_ignored_and_replaced(host):
     assign.bind([DISK], backend=host)
     rebooted = power_host()
-    rebooted.files["/proc/sys/kernel/random/boot_id"] = "0815\n"
-    rebooted.devices[DISK].driver = None
+    rebooted.host.boot_id = "0815"
+    rebooted.move(DISK, None)
     found = journal.load(rebooted)
     assert (found.devices, found.stale) == ({}, 1)
     plan = assign.bind([FREE], backend=rebooted)
@@ -63,7 +62,7 @@ def test_a_journal_from_before_a_reboot_is_ignored_and_replaced(host):
 def test_restore_after_a_reboot_tells_and_changes_nothing(host):
     assign.bind([DISK], backend=host)
     rebooted = power_host()
-    rebooted.files["/proc/sys/kernel/random/boot_id"] = "0815\n"
+    rebooted.host.boot_id = "0815"
     plan = assign.restore(backend=rebooted)
     assert "earlier boot" in plan.notes[0]
     assert rebooted.changes == []
@@ -159,7 +158,7 @@ def test_concurrent_binds_of_different_devices_are_both_in_the_journal(host):
 
 
 def test_every_backend_has_a_journal_of_its_own(state_dir):
-    host = SysfsHost()
+    host = Host()
     assert journal.path(host) == state_dir / "sim.json"
     host.url = "unix:/run/a b"
     assert journal.path(host) == state_dir / "unix%3A%2Frun%2Fa%20b.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 
 import pytest
-from sysfs_host import Driver, Function, SysfsHost
+from fake_host import Driver, Function, Host
 
 from vfio import errors, holders, obstacles, pciids, sysfs, usage
 
@@ -22,7 +22,7 @@ def test_devices_come_in_the_order_of_their_addresses(host):
 
 
 def test_domains_beyond_four_digits_come_last():
-    host = SysfsHost(Function("10000:00:00.0"), Function("ffff:00:00.0"), Function("0001:00:00.0"))
+    host = Host(Function("10000:00:00.0"), Function("ffff:00:00.0"), Function("0001:00:00.0"))
     assert [device.address for device in sysfs.devices(host)] == ["0001:00:00.0", "ffff:00:00.0", "10000:00:00.0"]
 
 
@@ -55,7 +55,8 @@ def test_a_device_without_driver_group_or_parent(host):
 
 
 def test_off_power_there_is_no_pe():
-    host = SysfsHost(Function("0000:00:01.0", group=1), power=False)
+    host = Host(Function("0000:00:01.0", group=1))
+    host.hidden |= {"/proc/powerpc", "/sys/kernel/iommu_groups/1/name"}
     assert not sysfs.on_power(host)
     assert sysfs.device(host, "0000:00:01.0").pe is None
 
@@ -93,15 +94,14 @@ def test_blockers_are_devices_on_drivers_that_do_dma(host):
 
 @pytest.mark.parametrize("driver", [None, "vfio-pci", "pci-stub", "pcieport"])
 def test_drivers_without_dma_do_not_block(driver):
-    host = SysfsHost(Function("0000:00:01.0", driver, group=1), drivers=(Driver("pci-stub"), Driver("pcieport")))
+    host = Host(Function("0000:00:01.0", driver, group=1))
     assert sysfs.blockers(host, 1) == []
 
 
 def test_a_variant_driver_of_vfio_pci_does_not_block():
-    host = SysfsHost(Function("0000:00:01.0", "mlx5_vfio", group=1), drivers=(Driver("mlx5_vfio"),))
-    host.files["/sys/devices/pci0000:00/0000:00:01.0/vfio-dev/vfio3/dev"] = "245:3\n"
+    host = Host(Function("0000:00:01.0", "mlx5_vfio", group=1), drivers=(Driver("mlx5_vfio", vfio=True),))
     assert sysfs.blockers(host, 1) == []
-    assert sysfs.device(host, "0000:00:01.0").vfio_dev == "vfio3"
+    assert sysfs.device(host, "0000:00:01.0").vfio_dev == "vfio0"
 
 
 def test_a_network_interface_that_is_up_is_in_use(host):
@@ -113,42 +113,38 @@ def test_a_network_interface_that_is_up_is_in_use(host):
 
 def test_a_mounted_disk_is_in_use(host):
     host.disk("nvme0n1", "0001:01:00.0", "259:0")
-    host.disk("nvme0n1p2", "0001:01:00.0", "259:2")
-    host.files["/proc/self/mountinfo"] = "36 35 259:2 / /mnt/my\\040disk rw shared:1 - ext4 /dev/nvme0n1p2 rw\n"
+    host.disk("nvme0n1p2", "0001:01:00.0", "259:2", mounted=("/mnt/my disk",))
     assert usage.of_devices(host) == {"0001:01:00.0": ["disk nvme0n1p2 is mounted on /mnt/my disk"]}
 
 
 def test_a_btrfs_disk_is_found_by_its_source(host):
-    host.disk("nvme0n1", "0001:01:00.0", "259:0")
-    host.files["/proc/self/mountinfo"] = "36 35 0:31 / /home rw - btrfs /dev/nvme0n1 rw\n"
-    assert usage.of_devices(host) == {"0001:01:00.0": ["disk nvme0n1 is mounted on /home"]}
+    host.disk("nvme0n1", "0001:01:00.0", "259:0", mounted=("/home",), btrfs=True)
+    assert " 0:31 / /home rw,relatime - btrfs /dev/nvme0n1 rw\n" in host.read_text("/proc/self/mountinfo")
+    assert usage.of_devices(host) == {
+        "0001:01:00.0": ["disk nvme0n1 is mounted on /home", "disk nvme0n1 is part of a mounted btrfs"]
+    }
 
 
 def test_another_member_of_a_mounted_btrfs_is_in_use(host):
-    host.disk("nvme0n1", "0001:01:00.0", "259:0")
-    host.links["/sys/fs/btrfs/f00d/devices/nvme0n1"] = "../../../../class/block/nvme0n1"
+    host.disk("nvme0n1", "0001:01:00.0", "259:0", btrfs=True)
     assert usage.of_devices(host) == {"0001:01:00.0": ["disk nvme0n1 is part of a mounted btrfs"]}
 
 
 def test_swap_is_in_use(host):
-    host.disk("nvme0n1", "0001:01:00.0", "259:0")
-    host.files["/proc/swaps"] += "/dev/nvme0n1 partition 1048572 0 -2\n"
+    host.disk("nvme0n1", "0001:01:00.0", "259:0", swap=True)
     assert usage.of_devices(host) == {"0001:01:00.0": ["disk nvme0n1 is swap"]}
 
 
 def test_a_disk_under_device_mapper_or_md_is_in_use(host):
-    host.disk("nvme0n1", "0001:01:00.0", "259:0", "dm-0", "md1")
+    host.disk("nvme0n1", "0001:01:00.0", "259:0", holders=("dm-0", "md1"))
     assert usage.of_devices(host) == {
         "0001:01:00.0": ["disk nvme0n1 is in use by dm-0", "disk nvme0n1 is in use by md1"]
     }
 
 
 def test_a_multipath_namespace_belongs_to_every_controller(host):
-    where = "/sys/devices/virtual/nvme-subsystem/nvme-subsys0/nvme0n1"
-    host.links["/sys/class/block/nvme0n1"] = "../../devices/virtual/nvme-subsystem/nvme-subsys0/nvme0n1"
-    host.files[f"{where}/dev"] = "259:0\n"
-    host.links["/sys/class/nvme-subsystem/nvme-subsys0/nvme0"] = "../../../devices/pci0001:00/0001:01:00.0/nvme/nvme0"
-    host.files["/proc/self/mountinfo"] = "36 35 259:0 / / rw - ext4 /dev/nvme0n1 rw\n"
+    host.disk("nvme0n1", "0001:01:00.0", "259:0", mounted=("/",), multipath=True)
+    assert host.readlink("/sys/class/block/nvme0n1").startswith("../../devices/virtual/nvme-subsystem/")
     assert usage.of_devices(host) == {"0001:01:00.0": ["disk nvme0n1 is mounted on /"]}
 
 
@@ -180,47 +176,59 @@ def test_a_device_whose_neighbour_has_a_driver_is_assignable_together_with_it(ho
 
 
 def test_a_device_without_group_is_not_assignable():
-    host = SysfsHost(Function("0000:00:01.0"))
+    host = Host(Function("0000:00:01.0"))
     assert sysfs.assignable(sysfs.device(host, "0000:00:01.0"), []) == (False, "in no IOMMU group")
 
 
-def test_eeh_files_are_those_that_there_are(host):
-    host.files["/sys/devices/pci0001:00/0001:00:00.0/0001:01:00.0/eeh_pe_state"] = "0x78 0x800\n"
-    assert sysfs.eeh(host, "0001:01:00.0") == {"eeh_pe_state": "0x78 0x800"}
-    assert sysfs.eeh(host, "0000:01:00.0") == {}
+def test_eeh_files_are_those_that_there_are():
+    files = {"eeh_mode": "0x200", "eeh_pe_config_addr": "0xfd", "eeh_pe_state": "0x00000078 0x00000800"}
+    assert sysfs.eeh(Host(Function("0000:00:01.0", group=1), eeh=True), "0000:00:01.0") == files
+    assert sysfs.eeh(Host(Function("0000:00:01.0", group=1)), "0000:00:01.0") == {}
 
 
 # --- who has it open ---
 
 
-def test_holders_are_named_with_their_command(host):
-    host.processes = {20: ("qemu-system-ppc64 -M pseries", ["/dev/null", "/dev/vfio/2"]), 7: ("sh", ["/dev/vfio/3"])}
-    assert holders.of(host, "/dev/vfio/2") == [(20, "qemu-system-ppc64 -M pseries")]
+@pytest.fixture
+def bound(host):
+    """The host, with the disk and the free device on vfio-pci."""
+    host.move("0001:01:00.0", "vfio-pci")
+    host.move("0002:00:00.0", "vfio-pci")
+    return host
 
 
-def test_a_node_that_has_been_removed_still_has_its_holder(host):
-    host.processes = {20: ("qemu", ["/dev/vfio/2 (deleted)"])}
-    assert holders.of(host, "/dev/vfio/2") == [(20, "qemu")]
+def test_holders_are_named_with_their_command(bound):
+    bound.hold(20, "qemu-system-ppc64 -M pseries", 2)
+    bound.hold(7, "sh", 3)
+    assert holders.of(bound, "/dev/vfio/2") == [(20, "qemu-system-ppc64 -M pseries")]
 
 
-def test_a_group_is_held_by_a_process_that_only_has_its_device(host):
-    host.processes = {
-        20: ("driver", ["anon_inode:[vfio-device]"]),
-        21: ("other", ["/dev/vfio/3", "anon_inode:[vfio-device]"]),
-    }
-    assert holders.of(host, "/dev/vfio/2") == [(20, "driver")]
-    assert holders.having_open(host, "/dev/vfio/2") == []
+def test_a_node_that_has_been_removed_still_has_its_holder(bound):
+    bound.hold(20, "qemu", 2)
+    bound.move("0001:01:00.0", None)
+    assert not bound.exists("/dev/vfio/2")
+    assert holders.of(bound, "/dev/vfio/2") == [(20, "qemu")]
 
 
-def test_a_long_command_is_cut(host):
-    host.processes = {20: ("x" * 100, ["/dev/vfio/2"])}
-    assert holders.of(host, "/dev/vfio/2") == [(20, "x" * 57 + "...")]
+def test_a_group_is_held_by_a_process_that_only_has_its_device(bound):
+    bound.hold(20, "driver", 2, device="0001:01:00.0", only_device=True)
+    bound.hold(21, "other", 3, device="0002:00:00.0")
+    assert holders.of(bound, "/dev/vfio/2") == [(20, "driver")]
+    assert holders.having_open(bound, "/dev/vfio/2") == []
 
 
-def test_processes_that_may_not_be_read_are_skipped(host):
-    host.processes = {20: ("qemu", ["/dev/vfio/2"])}
-    host.files["/proc/30/stat"] = ""  # no fd directory to be seen
-    assert holders.of(host, "/dev/vfio/2") == [(20, "qemu")]
+def test_a_long_command_is_cut(bound):
+    bound.hold(20, "x" * 100, 2)
+    assert holders.of(bound, "/dev/vfio/2") == [(20, "x" * 57 + "...")]
+
+
+def test_processes_that_may_not_be_read_are_skipped(bound):
+    bound.hold(20, "qemu", 2)
+    bound.hold(30, "qemu of the user's", 3)
+    process = next(each for each in bound.machine.processes if each.pid == 30)
+    process.uid = bound.process.uid = 4321
+    assert holders.of(bound, "/dev/vfio/2") == []
+    assert holders.of(bound, "/dev/vfio/3") == [(30, "qemu of the user's")]
 
 
 # --- what stands in the way ---
@@ -241,24 +249,23 @@ def test_obstacles_of_a_device_without_driver(host):
 
 
 def test_obstacles_of_a_bridge(host):
-    host.devices["0000:00:00.0"].group = 4
-    (error,) = obstacles.of(host, "0000:00:00.0")
+    (error,) = obstacles.of(host, "0001:00:00.0")
     assert isinstance(error, errors.IsBridge)
 
 
 def test_obstacles_of_a_host_without_vfio(host):
-    del host.drivers["vfio-pci"], host.files["/dev/vfio/vfio"]
+    host.machine.driver_core.unload("vfio-pci")
     kinds = [type(error) for error in obstacles.of(host, "0002:00:00.0")]
     assert kinds == [errors.NoVfio, errors.ModuleMissing, errors.NotBound]
 
 
 def test_obstacles_on_an_old_kernel_on_power(host):
-    host.files["/proc/sys/kernel/osrelease"] = "6.1.0-44-powerpc64le\n"
+    host.host.release = "6.1.0-44-powerpc64le"
     assert errors.KernelTooOld in [type(error) for error in obstacles.of(host, "0002:00:00.0")]
 
 
 def test_obstacles_of_a_bound_device_that_somebody_has_open():
-    host = SysfsHost(Function("0000:00:01.0", "vfio-pci", group=1))
+    host = Host(Function("0000:00:01.0", "vfio-pci", group=1))
     host.hold(77, "qemu", 1)
     (error,) = obstacles.of(host, "0000:00:01.0")
     assert isinstance(error, errors.Busy)
@@ -266,14 +273,14 @@ def test_obstacles_of_a_bound_device_that_somebody_has_open():
 
 
 def test_no_obstacle(monkeypatch):
-    host = SysfsHost(Function("0000:00:01.0", "vfio-pci", group=1))
+    host = Host(Function("0000:00:01.0", "vfio-pci", group=1))
     monkeypatch.setattr("os.geteuid", lambda: 0)
     assert obstacles.of(host, "0000:00:01.0") == []
 
 
 @pytest.mark.parametrize(("mode", "denied"), [(0o600, True), (0o660, True), (0o666, False), (0o644, True)])
 def test_obstacles_for_a_user_are_owner_and_mode(monkeypatch, mode, denied):
-    host = SysfsHost(Function("0000:00:01.0", "vfio-pci", group=1))
+    host = Host(Function("0000:00:01.0", "vfio-pci", group=1))
     host.nodes[1].mode = mode
     monkeypatch.setattr("os.geteuid", lambda: 4321)
     monkeypatch.setattr("os.getegid", lambda: 4321)

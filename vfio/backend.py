@@ -5,6 +5,7 @@ what a container is.  A backend is chosen by a URL::
 
     kernel:              the real calls (the default)
     trace:URL            any other backend, each call printed to standard error
+    fake:MACHINE         a kernel modelled in Python, in this process (fake:power8?page_size=65536&kernel=7.2)
     SCHEME:...           a backend that an installed package offers under the entry-point group ``vfio.backends``
 
 The environment variable ``VFIO_BACKEND`` names the URL where a program names none.
@@ -211,6 +212,10 @@ def open_backend(url: str | None = None) -> Backend:
         from vfio.backends.trace import TextTrace, TraceBackend
 
         return TraceBackend(open_backend(rest or DEFAULT_URL), TextTrace(sys.stderr))
+    if scheme == "fake":
+        from vfio.fake.backend import from_url
+
+        return from_url(url)
     return _third_party(scheme, url)
 
 
@@ -222,7 +227,7 @@ def _third_party(scheme: str, url: str) -> Backend:
         if entry.name == scheme:
             backend: Backend = entry.load()(url)
             return backend
-    known = sorted({"kernel", "trace", *(entry.name for entry in found)})
+    known = sorted({"fake", "kernel", "trace", *(entry.name for entry in found)})
     raise errors.NoSuchBackend(url, f"known schemes are {', '.join(known)}")
 
 

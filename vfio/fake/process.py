@@ -1,0 +1,88 @@
+"""A process of the modelled machine: who it is, what it has open, what it may lock."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING
+
+from vfio.backend import LockedMemory
+from vfio.fake.file import File
+from vfio.fake.kernel_error import fail
+from vfio.fake.memory import AddressSpace
+
+if TYPE_CHECKING:
+    from vfio.fake.machine import Machine
+
+
+class Process:
+    """A process.  Its descriptors are real numbers, reserved so that they never collide with the host process's own."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        *,
+        pid: int | None = None,
+        uid: int = 0,
+        memlock: int | None = 8 << 20,
+        ipc_lock: bool = True,
+    ) -> None:
+        self.machine = machine
+        self.pid = os.getpid() if pid is None else pid
+        self.uid = uid
+        # All processes of a model that runs in one process share that one's memory, each under its own accounts.
+        self.memory = AddressSpace(os.getpid(), machine.page_size)
+        self.memlock = memlock
+        """RLIMIT_MEMLOCK in bytes; None is unlimited."""
+        self.ipc_lock = ipc_lock
+        """CAP_IPC_LOCK."""
+        self.locked_pages = 0
+        """VmLck, in host pages: what the kernel calls locked_vm."""
+        self.files: dict[int, File] = {}
+        machine.processes.append(self)
+
+    # --- descriptors ---
+
+    def install(self, file: File) -> int:
+        """A new descriptor for `file`, which takes over the caller's reference."""
+        fd = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        self.files[fd] = file
+        return fd
+
+    def file(self, fd: int) -> File:
+        """The file behind a descriptor of the model; EBADF for any other."""
+        try:
+            return self.files[fd]
+        except KeyError:
+            raise fail(errno.EBADF) from None
+
+    def close(self, fd: int) -> None:
+        file = self.file(fd)
+        del self.files[fd]
+        os.close(fd)
+        file.put()
+
+    def exit(self) -> None:
+        """The process ends: its files close, newest first, and what it had pinned and locked is given back."""
+        for fd in sorted(self.files, reverse=True):
+            self.close(fd)
+        self.machine.process_gone(self)
+        self.locked_pages = 0
+        if self in self.machine.processes:
+            self.machine.processes.remove(self)
+
+    # --- locked memory ---
+
+    def charge(self, pages: int) -> None:
+        """Add to locked memory; ENOMEM past the limit, unless the process has CAP_IPC_LOCK."""
+        limit = None if self.memlock is None else self.memlock // self.machine.page_size
+        if limit is not None and not self.ipc_lock and self.locked_pages + pages > limit:
+            raise fail(errno.ENOMEM)
+        self.locked_pages += pages
+
+    def uncharge(self, pages: int) -> None:
+        """Take from locked memory."""
+        self.locked_pages = max(0, self.locked_pages - pages)
+
+    def locked(self) -> LockedMemory:
+        return LockedMemory(self.locked_pages * self.machine.page_size, self.memlock, self.ipc_lock)
