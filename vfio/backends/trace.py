@@ -5,25 +5,29 @@ As text, one line a call in C terms::
     ioctl(container1, VFIO_IOMMU_MAP_DMA, {argsz=32, flags=READ|WRITE, vaddr=memory1+0x0, iova=0x1000, size=0x1000}) = 0 <21 us>
 
 As JSON lines, one object a call, which holds enough to make the same calls anywhere: descriptors are symbols
-(``container1``, ``group0``), and addresses are a symbol of memory and an offset.  See `JsonTrace`.
+(``container1``, ``group0_1``), addresses are a symbol of memory and an offset, and what else a call depends on is told
+with it.  See `JsonTrace`.
 """
 
 from __future__ import annotations
 
-import errno
-import json
-import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TextIO, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from vfio import uapi
 from vfio.backend import Backend, FileStatus, LockedMemory, Mapping, Memory
+from vfio.backends.call import Argument, Call, Descriptor, Place, RequestNumber, Sink, number_at
+from vfio.backends.call_json import JsonTrace
+from vfio.backends.call_text import TextTrace
+from vfio.backends.surroundings import EVENTFD, Run, Surroundings
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
+
+__all__ = ["JsonTrace", "TextTrace", "TraceBackend"]
 
 T = TypeVar("T")
 
@@ -31,116 +35,24 @@ _CONTAINER = "/dev/vfio/vfio"
 _SPAPR = (uapi.VFIO_SPAPR_TCE_IOMMU, uapi.VFIO_SPAPR_TCE_v2_IOMMU)
 _ADDRESSES = ("vaddr",)
 """Fields that hold an address of this process."""
+_POINTED_AT = 64
+"""Bytes that are kept of what an address points to: no struct of an ioctl is longer."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """An address of this process, as a symbol of memory and an offset in it."""
+class TracedMemory(Memory):
+    """Memory whose end is told."""
 
-    symbol: str
-    offset: int
+    def __init__(self, trace: TraceBackend, inner: Memory, symbol: str) -> None:
+        self.address, self.length, self.page_size = inner.address, inner.length, inner.page_size
+        self._trace, self._inner, self.symbol = trace, inner, symbol
 
-    def __str__(self) -> str:
-        return f"{self.symbol}+{self.offset:#x}"
+    @property
+    def view(self) -> memoryview:
+        return self._inner.view
 
-
-@dataclass
-class Argument:
-    """The buffer of an ioctl: its bytes before and after, and what in them is not the same on another machine."""
-
-    struct: type[uapi.Struct] | None
-    before: bytes
-    after: bytes = b""
-    places: dict[int, Place] = field(default_factory=dict)
-    """By offset in the buffer: 8-byte addresses."""
-    descriptors: dict[int, str] = field(default_factory=dict)
-    """By offset in the buffer: 4-byte file descriptors."""
-
-
-@dataclass
-class Call:
-    """One call: its name, its arguments, what came of it."""
-
-    name: str
-    arguments: tuple[object, ...]
-    result: object = None
-    error: OSError | None = None
-    nanoseconds: int = 0
-
-
-@dataclass(frozen=True)
-class Descriptor:
-    """A file descriptor, by a name that lasts."""
-
-    symbol: str
-    kind: str
-    iommu: str | None = None
-
-    def __str__(self) -> str:
-        return self.symbol
-
-
-@dataclass(frozen=True)
-class RequestNumber:
-    """An ioctl number, and the requests it may be."""
-
-    number: int
-    names: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return "|".join(self.names) or hex(self.number)
-
-
-class Sink(Protocol):
-    """Where calls go."""
-
-    def write(self, call: Call) -> None: ...
-
-
-class TextTrace:
-    """One line a call."""
-
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
-
-    def write(self, call: Call) -> None:
-        changed = ""
-        shown = []
-        for argument in call.arguments:
-            if isinstance(argument, Argument):
-                shown.append(_struct(argument, argument.before))
-                if argument.after and argument.after != argument.before:
-                    changed = f" -> {_struct(argument, argument.after, only_changed=True)}"
-            else:
-                shown.append(_shown(argument))
-        if call.error is not None:
-            number = call.error.errno or 0
-            result = f"-1 {errno.errorcode.get(number, number)} ({call.error.strerror})"
-        else:
-            result = _shown(call.result)
-        text = f"{call.name}({', '.join(shown)}) = {result}{changed} <{call.nanoseconds / 1000:.0f} us>"
-        print(text, file=self._file, flush=True)
-
-
-class JsonTrace:
-    """One JSON object a line: ``call``, ``args``, then ``result`` or ``errno``, and ``ns``.
-
-    In ``args`` a descriptor is ``{"fd": SYMBOL}``, an address ``{"place": SYMBOL, "offset": N}``, bytes ``{"hex": …}``; a
-    request is ``{"request": [NAMES], "number": N}``; the buffer of an ioctl is ``{"before": HEX, "after": HEX}`` with
-    ``places`` and ``fds`` by offset, to be put in before it is replayed.
-    """
-
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
-
-    def write(self, call: Call) -> None:
-        record: dict[str, object] = {"call": call.name, "args": [_plain(argument) for argument in call.arguments]}
-        if call.error is not None:
-            record["errno"] = errno.errorcode.get(call.error.errno or 0, call.error.errno)
-        else:
-            record["result"] = _plain(call.result)
-        record["ns"] = call.nanoseconds
-        print(json.dumps(record), file=self._file, flush=True)
+    def close(self) -> None:
+        self._trace.freed(self)
+        self._trace.tell("free", (self.symbol,), self._inner.close)
 
 
 class TracedMapping(Mapping):
@@ -161,25 +73,54 @@ class TracedMapping(Mapping):
 
 
 class TraceBackend(Backend):
-    """Makes the calls of `inner`, and writes each to `sink`."""
+    """Makes the calls of `inner`, and writes each to `sink`.
 
-    def __init__(self, inner: Backend, sink: Sink) -> None:
+    With `surroundings`, those of the process that makes the calls, each call is told with what it depends on, so that
+    it can be made again elsewhere.  `origin` is the trace of the process that started the one that makes these calls:
+    symbols are unique among both.
+    """
+
+    def __init__(
+        self,
+        inner: Backend,
+        sink: Sink,
+        surroundings: Surroundings | None = None,
+        origin: TraceBackend | None = None,
+    ) -> None:
         self.inner = inner
         self.url = f"trace:{inner.url}"
         self.page_size = inner.page_size
-        self._sink = sink
-        self._lock = threading.Lock()
+        self.sink = sink
+        self._surroundings = surroundings
+        self._shared: _Shared = origin._shared if origin else _Shared()
+        self.process = self._count("process") if origin else None
         self._descriptors: dict[int, Descriptor] = {}
-        self._memory: list[tuple[str, Memory]] = []
-        self._counts: dict[str, int] = {}
+        # A child has its parent's memory where the parent has it.
+        self._memory: list[TracedMemory] = origin._memory.copy() if origin else []
 
     def unwrapped(self) -> Backend:
         return self.inner.unwrapped()
 
-    def tell(self, name: str, arguments: tuple[object, ...], make: Callable[[], T]) -> T:
+    def tell(
+        self,
+        name: str,
+        arguments: tuple[object, ...],
+        make: Callable[[], T],
+        layout: tuple[Run, ...] = (),
+        pointed_at: bytes = b"",
+    ) -> T:
         """Make a call, and write it with its outcome."""
-        call = Call(name, arguments)
+        call = Call(name, arguments, process=self.process, layout=layout, pointed_at=pointed_at)
+        self._look_outside(call)
+        before = self._counters()
+        shared = self._shared
+        with shared.lock:
+            call.overlaps = shared.under_way > 0
+            shared.under_way += 1
+            shared.made += 1
+            made = shared.made
         begin = time.perf_counter_ns()
+        call.begin = begin - shared.begin
         try:
             result = make()
         except OSError as error:
@@ -187,11 +128,17 @@ class TraceBackend(Backend):
             raise
         else:
             call.result = self._name_result(name, arguments, result)
+            if isinstance(result, Memory):
+                call.address = result.address
             return result
         finally:
             call.nanoseconds = time.perf_counter_ns() - begin
-            with self._lock:
-                self._sink.write(call)
+            after = self._counters()
+            call.signals = {each: after[each] - old for each, old in before.items() if each in after}
+            with shared.lock:
+                shared.under_way -= 1
+                call.overlaps |= shared.under_way > 0 or shared.made > made
+                self.sink.write(call)
 
     # --- files and devices ---
 
@@ -199,19 +146,24 @@ class TraceBackend(Backend):
         return self.tell("open", (path, flags), lambda: self.inner.open(path, flags))
 
     def close(self, fd: int) -> None:
-        named = self._named(fd)
+        named = self.named(fd)
         self._descriptors.pop(fd, None)
         self.tell("close", (named,), lambda: self.inner.close(fd))
 
     def dup(self, fd: int) -> int:
-        return self.tell("dup", (self._named(fd),), lambda: self.inner.dup(fd))
+        return self.tell("dup", (self.named(fd),), lambda: self.inner.dup(fd))
 
     def ioctl(self, fd: int, request: int, arg: int | WriteableBuffer = 0) -> int:
-        named = self._named(fd)
+        named = self.named(fd)
         number = RequestNumber(request, uapi.request_names(request, file=named.kind or None, iommu=named.iommu))
         if isinstance(arg, int):
-            place = self._place(arg)
-            return self.tell("ioctl", (named, number, place or arg), lambda: self.inner.ioctl(fd, request, arg))
+            place = self._place(arg, _POINTED_AT)
+            layout, data = self._layout(arg, _POINTED_AT, place), b""
+            if place and self._surroundings:
+                data = self._surroundings.read(arg, _POINTED_AT)
+            return self.tell(
+                "ioctl", (named, number, place or arg), lambda: self.inner.ioctl(fd, request, arg), layout, data
+            )
         view = memoryview(arg).cast("B")
         argument = self._argument(number, bytes(view))
 
@@ -221,27 +173,35 @@ class TraceBackend(Backend):
             finally:
                 argument.after = bytes(view)
 
-        return self.tell("ioctl", (named, number, argument), make)
+        return self.tell("ioctl", (named, number, argument), make, self._layout_of(argument))
 
     def pread(self, fd: int, length: int, offset: int) -> bytes:
-        return self.tell("pread", (self._named(fd), length, hex(offset)), lambda: self.inner.pread(fd, length, offset))
+        return self.tell("pread", (self.named(fd), length, hex(offset)), lambda: self.inner.pread(fd, length, offset))
 
     def pwrite(self, fd: int, data: bytes, offset: int) -> int:
-        return self.tell("pwrite", (self._named(fd), data, hex(offset)), lambda: self.inner.pwrite(fd, data, offset))
+        return self.tell("pwrite", (self.named(fd), data, hex(offset)), lambda: self.inner.pwrite(fd, data, offset))
 
     def mmap(self, fd: int, length: int, offset: int, prot: int) -> Mapping:
-        arguments = (self._named(fd), length, hex(offset), prot)
+        arguments = (self.named(fd), length, hex(offset), prot)
         inner = self.tell("mmap", arguments, lambda: self.inner.mmap(fd, length, offset, prot))
-        return TracedMapping(self, inner, f"mapping{self._counts['mapping']}")
+        return TracedMapping(self, inner, self._last("mapping"))
 
     def allocate(self, length: int, page_size: int | None = None) -> Memory:
-        memory = self.tell("allocate", (length, page_size), lambda: self.inner.allocate(length, page_size))
-        self._memory.append((f"memory{self._counts['memory']}", memory))
+        inner = self.tell("allocate", (length, page_size), lambda: self.inner.allocate(length, page_size))
+        memory = TracedMemory(self, inner, self._last("memory"))
+        self._memory.insert(0, memory)  # before older memory, which may have been given back and was there
         return memory
 
+    def freed(self, memory: TracedMemory) -> None:
+        """Memory is given back: its symbol goes on standing for its addresses, unless there is newer memory there."""
+        if memory in self._memory:
+            self._memory.remove(memory)
+            self._memory.append(memory)
+
     def populate(self, address: int, length: int) -> None:
-        place = self._place(address) or hex(address)
-        self.tell("populate", (place, length), lambda: self.inner.populate(address, length))
+        place = self._place(address, length)
+        layout = self._layout(address, length, place)
+        self.tell("populate", (place or hex(address), length), lambda: self.inner.populate(address, length), layout)
 
     # --- sysfs and procfs ---
 
@@ -275,14 +235,43 @@ class TraceBackend(Backend):
     # --- names that last ---
 
     def _count(self, kind: str) -> str:
-        self._counts[kind] = self._counts.get(kind, 0) + 1
-        return f"{kind}{self._counts[kind]}"
+        counts = self._shared.counts
+        counts[kind] = counts.get(kind, 0) + 1
+        return f"{kind}{counts[kind]}"
 
-    def _named(self, fd: int) -> Descriptor:
+    def _last(self, kind: str) -> str:
+        """The newest symbol of that kind."""
+        return f"{kind}{self._shared.counts[kind]}"
+
+    def named(self, fd: int) -> Descriptor:
+        """The lasting name of a descriptor."""
         found = self._descriptors.get(fd)
-        if found is None:
-            found = self._descriptors[fd] = Descriptor(self._count("fd"), "")
+        if found is None or found.outside is not None:
+            identity = self._surroundings.identity(fd) if self._surroundings else None
+            if found is None or found.outside != identity:
+                found = self._descriptors[fd] = Descriptor(self._count("fd"), "", outside=identity)
         return found
+
+    def _look_outside(self, call: Call) -> None:
+        """Note what the descriptors of a call are that came from outside."""
+        for argument in call.arguments:
+            named: list[Descriptor] = []
+            if isinstance(argument, Descriptor):
+                named = [argument]
+            elif isinstance(argument, Argument):
+                symbols = set(argument.descriptors.values())
+                named = [each for each in self._descriptors.values() if each.symbol in symbols]
+            call.outside |= {each.symbol: each.outside.kind for each in named if each.outside}
+
+    def _counters(self) -> dict[str, int]:
+        """The counters of the eventfds that are known, by symbol."""
+        if self._surroundings is None:
+            return {}
+        return {
+            each.symbol: self._surroundings.count(fd)
+            for fd, each in list(self._descriptors.items())
+            if each.outside and each.outside.kind == EVENTFD and self._surroundings.identity(fd) == each.outside
+        }
 
     def _name_result(self, name: str, arguments: tuple[object, ...], result: object) -> object:
         """What to call the result; new descriptors, mappings and memory get their symbols here."""
@@ -295,10 +284,10 @@ class TraceBackend(Backend):
             else:
                 self._descriptors[result] = Descriptor(self._count("fd"), "")
             return self._descriptors[result]
-        if name == "dup" and isinstance(result, int) and isinstance(arguments[0], Descriptor):
+        if name in ("dup", "receive") and isinstance(result, int) and isinstance(arguments[0], Descriptor):
             origin = arguments[0]
             self._descriptors[result] = Descriptor(
-                self._count("dup_of_" + origin.symbol + "_"), origin.kind, origin.iommu
+                self._count(f"{name}_of_{origin.symbol}_"), origin.kind, origin.iommu
             )
             return self._descriptors[result]
         if name == "mmap":
@@ -313,7 +302,7 @@ class TraceBackend(Backend):
         named, number, argument = arguments
         assert isinstance(named, Descriptor)
         assert isinstance(number, RequestNumber)
-        if "VFIO_GROUP_GET_DEVICE_FD" in number.names and isinstance(argument, Argument):
+        if "VFIO_GROUP_GET_DEVICE_FD" in number.names:
             self._descriptors[result] = Descriptor(self._count("device"), "device")
             return self._descriptors[result]
         if "VFIO_SET_IOMMU" in number.names and isinstance(argument, int):
@@ -323,25 +312,46 @@ class TraceBackend(Backend):
                     self._descriptors[fd] = Descriptor(known.symbol, known.kind, model)
         return result
 
-    def _place(self, address: int) -> Place | None:
-        for symbol, memory in self._memory:
+    def _place(self, address: int, length: int = 1) -> Place | None:
+        for memory in self._memory:
             if memory.address <= address < memory.address + memory.length:
-                return Place(symbol, address - memory.address)
-        return None
+                return Place(memory.symbol, address - memory.address)
+        if self._surroundings is None:
+            return None
+        counts = self._shared.counts
+        found = self._surroundings.area(address, length, f"area{counts.get('area', 0) + 1}")
+        if found and found[0] == f"area{counts.get('area', 0) + 1}":
+            self._count("area")
+        return Place(*found) if found else None
+
+    def _layout(self, address: int, length: int, place: Place | None) -> tuple[Run, ...]:
+        return tuple(self._surroundings.layout(address, length)) if place and self._surroundings else ()
+
+    def _layout_of(self, argument: Argument) -> tuple[Run, ...]:
+        """What the range is that a struct names by its vaddr and size."""
+        if argument.struct is None or not argument.places:
+            return ()
+        sizes = [each for each in uapi.fields(argument.struct) if each.name == "size"]
+        ((at, place),) = argument.places.items()
+        length = number_at(argument.before, sizes[0].offset, sizes[0].size) if sizes else 0
+        return self._layout(number_at(argument.before, at, 8), length, place)
 
     def _argument(self, number: RequestNumber, data: bytes) -> Argument:
         info = uapi.request_info(number.names[0]) if number.names else None
         argument = Argument(info.argument if info else None, data)
         if info and info.name == "VFIO_GROUP_SET_CONTAINER":
-            argument.descriptors[0] = str(self._named(_int(data, 0, 4)))
+            argument.descriptors[0] = str(self.named(number_at(data, 0, 4)))
         if argument.struct is None or len(data) < uapi.sizeof(argument.struct):
             return argument
-        for each in uapi.fields(argument.struct):
-            if each.name in _ADDRESSES and (place := self._place(_int(data, each.offset, each.size))):
-                argument.places[each.offset] = place
+        fields = {each.name: each for each in uapi.fields(argument.struct)}
+        for each in fields.values():
+            if each.name in _ADDRESSES:
+                length = number_at(data, fields["size"].offset, 8) if "size" in fields else 1
+                if place := self._place(number_at(data, each.offset, each.size), length):
+                    argument.places[each.offset] = place
             elif each.name == "fd":
                 self._descriptor_at(argument, each.offset)
-        if argument.struct is uapi.vfio_irq_set and _int(data, 4, 4) & uapi.VFIO_IRQ_SET_DATA_EVENTFD:
+        if argument.struct is uapi.vfio_irq_set and number_at(data, 4, 4) & uapi.VFIO_IRQ_SET_DATA_EVENTFD:
             self._descriptors_from(argument, uapi.offsetof(uapi.vfio_irq_set, "data"))
         elif argument.struct is uapi.vfio_pci_hot_reset:
             self._descriptors_from(argument, uapi.offsetof(uapi.vfio_pci_hot_reset, "group_fds"))
@@ -352,74 +362,17 @@ class TraceBackend(Backend):
             self._descriptor_at(argument, offset)
 
     def _descriptor_at(self, argument: Argument, offset: int) -> None:
-        fd = _int(argument.before, offset, 4)
+        fd = number_at(argument.before, offset, 4)
         if fd < 1 << 31:  # -1 stands for none
-            argument.descriptors[offset] = str(self._named(fd))
+            argument.descriptors[offset] = str(self.named(fd))
 
 
-def _int(data: bytes, offset: int, size: int) -> int:
-    return int.from_bytes(data[offset : offset + size], sys.byteorder)
+@dataclass
+class _Shared:
+    """What the backends of several processes have in common."""
 
-
-def _shown(value: object) -> str:
-    if isinstance(value, str):
-        return json.dumps(value)
-    if isinstance(value, bytes):
-        return value.hex(" ") if len(value) <= 32 else f"{value[:32].hex(' ')}… ({len(value)} bytes)"
-    return str(value)
-
-
-def _struct(argument: Argument, data: bytes, only_changed: bool = False) -> str:
-    """The bytes of a struct, field by field under the kernel's names."""
-    if argument.struct is None:
-        if argument.descriptors:
-            return f"&{argument.descriptors[0]}"
-        text = data.rstrip(b"\0")
-        return json.dumps(text.decode()) if text.isascii() and text else data.hex(" ")
-    shown = []
-    for each in uapi.fields(argument.struct):
-        end = each.offset + each.size
-        if (
-            each.size == 0
-            or end > len(data)
-            or (only_changed and data[each.offset : end] == argument.before[each.offset : end])
-        ):
-            continue
-        shown.append(f"{each.name}={_field(argument, each, data)}")
-    if argument.descriptors and not only_changed:
-        shown.append(f"fds=[{', '.join(argument.descriptors.values())}]")
-    return "{" + ", ".join(shown) + "}"
-
-
-def _field(argument: Argument, each: uapi.Field, data: bytes) -> str:
-    assert argument.struct is not None
-    if each.offset in argument.places:
-        return str(argument.places[each.offset])
-    value = _int(data, each.offset, each.size)
-    if each.name == "flags":
-        return "|".join(uapi.flag_names(argument.struct, value, short=True)) or "0"
-    if name := uapi.value_name(argument.struct, each.name, value):
-        return name
-    return hex(value) if each.size == 8 else str(value)
-
-
-def _plain(value: object) -> Any:
-    """`value` as JSON has it."""
-    if isinstance(value, Descriptor):
-        return {"fd": value.symbol}
-    if isinstance(value, Place):
-        return {"place": value.symbol, "offset": value.offset}
-    if isinstance(value, RequestNumber):
-        return {"request": list(value.names), "number": value.number}
-    if isinstance(value, Argument):
-        record: dict[str, object] = {"before": value.before.hex(), "after": value.after.hex()}
-        if value.places:
-            record["places"] = {str(at): _plain(place) for at, place in value.places.items()}
-        if value.descriptors:
-            record["fds"] = {str(at): symbol for at, symbol in value.descriptors.items()}
-        return record
-    if isinstance(value, bytes | bytearray | memoryview):
-        return {"hex": bytes(value).hex()}
-    if isinstance(value, FileStatus | LockedMemory):
-        return value._asdict()
-    return value
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    counts: dict[str, int] = field(default_factory=dict)
+    under_way: int = 0
+    made: int = 0
+    begin: int = field(default_factory=time.perf_counter_ns)

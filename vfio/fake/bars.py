@@ -11,7 +11,7 @@ from vfio.backend import Mapping
 from vfio.fake import registers as reg
 from vfio.fake.eventfd import VirqFd
 from vfio.fake.fault import BusError, SegmentationFault
-from vfio.fake.kernel_error import fail
+from vfio.fake.kernel_error import KernelWouldBeHurt, fail
 from vfio.fake.pci import BARS, ROM
 
 if TYPE_CHECKING:
@@ -162,6 +162,8 @@ class Bars:
         width = wanted.flags
         if width & ~0xF or width.bit_count() != 1 or wanted.fd < -1:
             raise fail(errno.EINVAL)
+        if wanted.offset >> 63:
+            return self._negative_ioeventfd(wanted.offset)
         index, offset = wanted.offset >> OFFSET_SHIFT, wanted.offset & (1 << OFFSET_SHIFT) - 1
         bar = self.bar(index) if index < BARS else None
         if bar is None or offset + width > bar.size:
@@ -182,6 +184,16 @@ class Bars:
         if len(self._ioeventfds) >= _MAX_IOEVENTFDS:
             raise fail(errno.ENOSPC)
         self._ioeventfds[write] = self._vdev.virqfds.listen(process, wanted.fd, lambda: self._fire(write))
+        return 0
+
+    def _negative_ioeventfd(self, offset: int) -> int:
+        """The kernel takes such an offset for negative, and finds the BAR in front of its list of BARs."""
+        if self._pci.machine.strict:
+            raise KernelWouldBeHurt(
+                f"VFIO_DEVICE_IOEVENTFD at offset {offset:#x}: the kernel takes it for negative, and would write to "
+                f"wherever a BAR of index {(offset >> OFFSET_SHIFT) - (1 << 64 - OFFSET_SHIFT)} seems to be; say "
+                "(index << 40) + an offset inside of that BAR"
+            )
         return 0
 
     def _fire(self, write: _Write) -> None:
@@ -226,6 +238,7 @@ class BarMapping(Mapping):
                 f"{self._where(offset)}: a {what} of {width} bytes; the mapping has {self.length}, and takes 1, 2, 4 "
                 "or 8 at a multiple of that"
             )
+        self._vdev.virqfds.deliver()
         if reason := self._vdev.unmapped_because:
             raise BusError(f"{self._where(offset)}: SIGBUS at a {what}: {reason}")
 

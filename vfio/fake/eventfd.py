@@ -70,23 +70,39 @@ class VirqFds:
         """Call `handler` for each signal of the eventfd; EBADF and EINVAL as `EventFd`."""
         eventfd = EventFd(process, fd)
         identity = _identity(eventfd.fd)
+        pending = _readable(eventfd.fd)
         listener = self._listeners.get(identity)
         if listener:
             eventfd.put()
         else:
             listener = _Listener(eventfd, self._lock, lambda: self._listeners.pop(identity))
             self._listeners[identity] = listener
-        return listener.add(handler)
+        virqfd = listener.add(handler)
+        if pending:  # a signal from before counts, and stays in the counter
+            handler()
+        return virqfd
+
+    def deliver(self) -> None:
+        """What processes have signalled happens now, whether or not the threads have noticed.  Called under the lock,
+        before a call of a process, so that the call comes after what the process did before."""
+        for listener in list(self._listeners.values()):
+            listener.deliver()
 
 
 class _Listener:
-    """A thread that waits for one eventfd."""
+    """A thread that waits for one eventfd to be signalled."""
 
     def __init__(self, eventfd: EventFd, lock: threading.RLock, ended: Callable[[], object]) -> None:
         self._eventfd, self._lock, self._on_end = eventfd, lock, ended
         stop = os.eventfd(0, os.EFD_CLOEXEC)
         self._stop = _aside(stop)
         os.close(stop)
+        with select.epoll() as epoll:
+            self._epoll = select.epoll.fromfd(_aside(epoll.fileno()))
+        self._epoll.register(self._stop, select.EPOLLIN)
+        # Each signal is an edge; what the counter holds already is none.
+        self._epoll.register(self._eventfd.fd, select.EPOLLIN | select.EPOLLET)
+        self._epoll.poll(0)
         self._virqfds: list[VirqFd] = []
         threading.Thread(target=self._listen, name="vfio-virqfd", daemon=True).start()
 
@@ -102,22 +118,24 @@ class _Listener:
             self._on_end()
             os.eventfd_write(self._stop, 1)
 
+    def deliver(self) -> None:
+        """Take the counter, if the process has not been faster, and call who listens."""
+        if self._virqfds and _readable(self._eventfd.fd):
+            os.eventfd_read(self._eventfd.fd)
+            for virqfd in list(self._virqfds):
+                virqfd.handler()
+
     def _listen(self) -> None:
         while not self._stopped():
             with self._lock:
-                if self._virqfds and _readable(self._eventfd.fd):
-                    os.eventfd_read(self._eventfd.fd)
-                    for virqfd in list(self._virqfds):
-                        virqfd.handler()
+                self.deliver()
+        self._epoll.close()
         self._eventfd.put()
         os.close(self._stop)
 
     def _stopped(self) -> bool:
         """Wait for a signal; True if it was to end."""
-        poll = select.poll()
-        poll.register(self._eventfd.fd, select.POLLIN)
-        poll.register(self._stop, select.POLLIN)
-        return self._stop in {fd for fd, _ in poll.poll()}
+        return self._stop in {fd for fd, _ in self._epoll.poll()}
 
 
 def _aside(fd: int) -> int:
@@ -128,7 +146,7 @@ def _aside(fd: int) -> int:
 
 
 def _readable(fd: int) -> bool:
-    """Whether the counter is more than 0; the process itself may have been faster to take it."""
+    """Whether the counter is more than 0."""
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return bool(poll.poll(0))

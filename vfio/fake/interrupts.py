@@ -176,12 +176,12 @@ class Interrupts:
         if not self._pci.irq:
             raise fail(errno.ENODEV)
         self.active, self._trigger, self._masked = INTX, trigger, self._disabled
-        self._pci.intx_handler = self._intx_asserted
         if self._masked:
             self._pci.change_command(set_bits=reg.COMMAND_INTX_DISABLE)
         else:
             self._pci.change_command(clear_bits=reg.COMMAND_INTX_DISABLE)
-            self._pci.check_line()
+        self._pci.intx_handler = self._intx_asserted
+        self._pci.check_line()
 
     def _intx_disable(self) -> None:
         self._drop_unmask()

@@ -100,6 +100,7 @@ class PciDevice:
         self.vfio: VfioPciDevice | None = None
         """What vfio-pci knows of it, while it is that driver's."""
         self._line = False
+        self._level = False  # of the line as the interrupt controller saw it last
         self._msi_queue: int | None = None  # logarithm of the MSI vectors that the host set up
         self._messages: dict[int, bool] | None = None  # MSI-X vectors that the host set up: whether masked
         self._message_address = 0
@@ -199,7 +200,7 @@ class PciDevice:
 
     def hardware_reset(self) -> None:
         """The function forgets everything: registers as after power-on, but for what a reset keeps."""
-        self._line = False
+        self._line = self._level = False
         self.registers.reset()
         self.registers.change(reg.STATUS, 2, clear_bits=reg.STATUS_INTERRUPT)
         self.model.hardware_reset()
@@ -412,8 +413,15 @@ class PciDevice:
             self.registers.change(at + reg.MSIX_FLAGS, 2, clear_bits=reg.MSIX_ENABLE)
 
     def check_line(self) -> None:
-        """Deliver INTx if it is asserted and nothing is in the way."""
-        if self._line and self.intx_handler and not self.command & reg.COMMAND_INTX_DISABLE:
+        """Show the interrupt controller the INTx line, which DisINTx keeps from it; it interrupts if somebody listens.
+
+        The XICS of a POWER8 interrupts for as long as the line is asserted.  The XIVE of a POWER9 does so when the line
+        rises: one that was asserted before its interrupt was enabled says nothing.
+        """
+        level = self._line and not self.command & reg.COMMAND_INTX_DISABLE
+        rises, self._level = level and not self._level, level
+        xics = self.machine.topology.platform.cpu.startswith(_XICS)
+        if level and self.intx_handler and (rises or xics):
             self.intx_handler()
 
 
@@ -422,9 +430,9 @@ def make_device(device: topology.Device, machine: Machine, phb: topology.Phb) ->
 
     Raises `devices.UnknownModel` for a class that cannot be loaded.
     """
-    from vfio.fake import devices
+    from vfio.fake import bar_placement, devices
 
-    places = place_bars(machine, phb)
+    places = bar_placement.place_bars(machine, phb)
     parent = None
     if phb.root_port and device.address != phb.root_port.address:
         parent = machine.driver_core.devices.get(phb.root_port.address)
@@ -446,58 +454,16 @@ def make_device(device: topology.Device, machine: Machine, phb: topology.Phb) ->
     elif platform.name == "PowerNV":
         pci.registers.set(reg.COMMAND, 2, reg.COMMAND_SERR)  # its firmware reports errors by SERR
     if pci.registers.get(reg.INTERRUPT_PIN, 1) and not pci.is_bridge:
-        pci.irq = _interrupt_number(machine, device.address)
+        pci.irq = bar_placement.interrupt_number(machine, device.address)
     pci.booted()
     return pci
 
 
 _KEPT_IN_D0 = ("POWER9", "POWER10")
 """Hosts whose firmware drops writes to the power state of functions below its PHB4 or PHB5."""
-_FIRST_INTERRUPT = {"POWER8": 30, "POWER9": 38, "POWER10": 38}
-_MEMORY = {"POWER8": 0x3FF8000000000, "POWER9": 0x600C000000000, "POWER10": 0x600C000000000}
-_PSERIES_MEMORY, _WINDOW, _BUS_START, _IO_START = 0x200080000000, 0x80000000, 0x80000000, 0x1000
 
-
-def place_bars(machine: Machine, phb: topology.Phb) -> dict[str, dict[int, tuple[int, int, bool]]]:
-    """Where the host puts the BARs below a PHB: by address and index, the CPU address, the address on the bus, and
-    whether it is aligned to more than its size.
-
-    The largest come first; powernv gives every BAR pages of its own (pnv_pci_default_alignment), and has no I/O
-    ports to give.
-    """
-    from vfio.fake import devices
-
-    powernv = machine.topology.platform.name == "PowerNV"
-    base = _MEMORY.get(machine.topology.platform.cpu, _MEMORY["POWER8"]) if powernv else _PSERIES_MEMORY
-    base += phb.index * _WINDOW
-    places: dict[str, dict[int, tuple[int, int, bool]]] = {device.address: {} for device in phb.functions}
-    bars = [(device.address, bar) for device in phb.functions for bar in devices.make_model(device).bars]
-    memory = io = 0
-    for address, bar in sorted(bars, key=lambda pair: -pair[1].size):
-        if not bar.io:
-            align = max(bar.size, machine.page_size) if powernv else bar.size
-            memory = -(-memory // align) * align
-            places[address][bar.index] = base + memory, _BUS_START + memory, align > bar.size
-            memory += bar.size
-        elif not powernv:
-            io = -(-io // bar.size) * bar.size
-            places[address][bar.index] = _IO_START + io, _IO_START + io, False
-            io += bar.size
-    return places
-
-
-def _interrupt_number(machine: Machine, address: str) -> int:
-    """A number of the host's for the line: one a slot, counted from what real hosts of the kind begin with."""
-    slots = []
-    for phb in machine.topology.phbs:
-        for device in phb.devices:
-            slot = device.address.rpartition(".")[0]
-            if slot not in slots:
-                slots.append(slot)
-    platform = machine.topology.platform
-    first = _FIRST_INTERRUPT.get(platform.cpu, 16) if platform.name == "PowerNV" else 18
-    slot = address.rpartition(".")[0]
-    return first + (slots.index(slot) if slot in slots else len(slots))
+_XICS = ("POWER7", "POWER8")
+"""Processors whose machines have an XICS for their interrupt controller; later ones have a XIVE."""
 
 
 def _parts(address: str) -> tuple[int, int, int, int]:

@@ -16,6 +16,7 @@ from vfio.fake.bars import OFFSET_SHIFT
 from vfio.fake.bus_driver import VfioDeviceOps
 from vfio.fake.eventfd import EventFd
 from vfio.fake.interrupts import COUNT as IRQS
+from vfio.fake.interrupts import ERR
 from vfio.fake.kernel_error import fail
 from vfio.fake.pci import BARS, ROM
 from vfio.fake.vfio_pci_device import VfioPciDevice
@@ -60,6 +61,12 @@ def remove(machine: Machine, pci: PciDevice) -> None:
     pci.set_power_state(0)
 
 
+def error_detected(pci: PciDevice) -> None:
+    """The host's error handling found the function in error (vfio_pci_core_aer_err_detected): its user is told."""
+    if pci.vfio and pci.vfio.users:
+        pci.vfio.interrupts.signal(ERR)
+
+
 class VfioPciOps(VfioDeviceOps):
     """What the driver does for the core."""
 
@@ -75,7 +82,7 @@ class VfioPciOps(VfioDeviceOps):
         if not count:
             return b""
         index, offset = _region(pos)
-        data.wake()
+        data.touch()
         try:
             if index == CONFIG:
                 return data.config.read(offset, count)
@@ -89,7 +96,7 @@ class VfioPciOps(VfioDeviceOps):
         if not buf:
             return 0
         index, offset = _region(pos)
-        data.wake()
+        data.touch()
         try:
             if index == CONFIG:
                 return data.config.write(offset, buf)
@@ -111,7 +118,7 @@ class VfioPciOps(VfioDeviceOps):
             16: lambda: data.bars.ioeventfd(process, argument),
             17: lambda: _feature(data, process, argument),
         }
-        data.wake()
+        data.touch()
         try:
             if n not in handlers:
                 raise fail(errno.ENOTTY)

@@ -36,7 +36,7 @@ class VfioPciDevice:
         """The function could be reset at the first open."""
         self.needs_reset = False
         """It was used, and not reset since."""
-        self._saved = b""
+        self._saved = self._at_rest = b""
         self._before_d3: bytes | None = None
         self.low_power = False
         """A user let the device go into low power (VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY)."""
@@ -137,10 +137,7 @@ class VfioPciDevice:
         if self.low_power:
             raise fail(errno.EINVAL)
         self.low_power, self._wakeup = True, wakeup
-        self._suspended = True
-        self.set_power_state(0)
-        self._intx_masked = self.interrupts.active == INTX and self.interrupts.mask_intx()
-        self.pci.set_power_state(3)
+        self.rest()
 
     def leave_low_power(self) -> None:
         """The user wants the device back."""
@@ -154,6 +151,7 @@ class VfioPciDevice:
             return
         self._suspended = False
         self.pci.set_power_state(0)
+        self.pci.restore(self._at_rest)
         if self._wakeup:
             self._wakeup.signal()
             self._drop_wakeup()
@@ -162,11 +160,18 @@ class VfioPciDevice:
             self._intx_masked = False
             self.interrupts.unmask_intx()
 
+    def touch(self) -> None:
+        """A call of a process begins."""
+        self.virqfds.deliver()
+        self.wake()
+
     def rest(self) -> None:
         """The call that woke the device is over; it sleeps again where its user still wants that."""
         if self.low_power and not self._suspended:
             self._suspended = True
+            self.set_power_state(0)
             self._intx_masked = self.interrupts.active == INTX and self.interrupts.mask_intx()
+            self._at_rest = self.pci.save()
             self.pci.set_power_state(3)
 
     def _drop_wakeup(self) -> None:
