@@ -10,18 +10,40 @@ Marks: `lab_only` (hostile, or needs the emulated machine), `needs_edu` (drives 
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from hwtests.devices import as_alice, bound_address, device, edu_driver, two_edus
+pytest.register_assert_rewrite("simtests.conformance")
+
+from hwtests import transcripts  # noqa: E402
+from hwtests.devices import as_alice, bound_address, device, edu_driver, load_driver, member, mixed, second, two_edus  # noqa: E402
+from hwtests.processes import another_process  # noqa: E402
+from simtests.conformance.fixtures import area, other_program, program, v1, v2  # noqa: E402
 
 if TYPE_CHECKING:
     from hwtests.lab.targets import System
     from vfio.backend import Backend
 
-__all__ = ["as_alice", "bound_address", "device", "edu_driver", "two_edus"]  # fixtures, found here by name
+__all__ = [  # fixtures, found here by name
+    "another_process",
+    "area",
+    "as_alice",
+    "bound_address",
+    "device",
+    "edu_driver",
+    "load_driver",
+    "member",
+    "mixed",
+    "other_program",
+    "program",
+    "second",
+    "two_edus",
+    "v1",
+    "v2",
+]
 
 _HERE = Path(__file__).parent
 _HOW = """\
@@ -48,6 +70,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="longest that one test may take in the lab (default %(default)s)",
     )
     group.addoption("--device", metavar="ADDRESS", help="run the safe hwtests on this host with this PCI device")
+    group.addoption(
+        "--transcripts",
+        metavar="DIR",
+        help="store what each case asked the kernel of the lab, and its answers (python -m hwtests.transcripts)",
+    )
     group.addoption("--lab-guest", metavar="TARGET", help="(used by the lab inside its machines)")
 
 
@@ -56,6 +83,8 @@ def pytest_configure(config: pytest.Config) -> None:
         "lab_only: hostile, or needs the emulated machine; never run on a real host",
         "needs_edu: drives QEMU's edu device; skipped with a real device",
         "targets(name, ...): only for these targets of the lab",
+        "leaks: leaves something held on purpose, in a process of its own",
+        "not_recorded(reason): does what no transcript can hold",
     ):
         config.addinivalue_line("markers", mark)
     option = config.option
@@ -69,6 +98,8 @@ def pytest_configure(config: pytest.Config) -> None:
             config.pluginmanager.register(LabPlugin(config, option.lab, option.lab_timeout), "vfio-lab")
         except LabError as error:
             raise pytest.UsageError(f"--lab: {error}") from error
+        if option.transcripts:
+            config.pluginmanager.register(transcripts.Writer(Path(option.transcripts)), "vfio-transcripts")
     elif option.lab_guest:
         from hwtests.lab.pytest_guest import GuestPlugin
 
@@ -116,7 +147,7 @@ def _wanted(config: pytest.Config, item: pytest.Item) -> bool:
     fixtures = getattr(item, "fixturenames", ())
     if "edu_driver" in fixtures:
         item.add_marker("needs_edu")
-    if {"two_edus", "as_alice"} & set(fixtures):
+    if {"two_edus", "second", "load_driver", "as_alice"} & set(fixtures):
         item.add_marker("lab_only")
     if config.option.device:
         if item.get_closest_marker("needs_edu") and (found := _identity(config.option.device)) != _EDU:
@@ -165,8 +196,13 @@ def _device_address(target: System, config: pytest.Config) -> str:
 
 
 @pytest.fixture
-def backend() -> Backend:
+def backend(request: pytest.FixtureRequest, target: System) -> Iterator[Backend]:
     """The real kernel, behind the seam."""
     from vfio.backend import open_backend
 
-    return open_backend("kernel:")
+    real = open_backend("kernel:")
+    if not request.config.option.transcripts:
+        yield real
+        return
+    with transcripts.recorded(real, request.node, target) as traced:
+        yield traced

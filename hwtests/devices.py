@@ -12,7 +12,11 @@ import pytest
 
 import vfio
 import vfio.drivers.edu
-from vfio import assign
+from hwtests import transcripts
+from simtests.conformance import areas
+from simtests.conformance.raw import Member
+from vfio import assign, sysfs
+from vfio.backends import kernel
 
 if TYPE_CHECKING:
     from hwtests.lab.targets import System
@@ -35,6 +39,44 @@ def bound_address(backend: vfio.Backend, device_address: str) -> Iterator[str]:
         yield device_address
 
 
+@pytest.fixture(scope="module")
+def member(device_address: str) -> Iterator[Member]:
+    """The device to work with and its group, on vfio-pci for all cases of a module."""
+    with _bound_member(device_address) as member:
+        yield member
+
+
+@pytest.fixture(scope="module")
+def second(target: System, member: Member) -> Iterator[Member]:
+    """A device of another group, on vfio-pci for all cases of a module."""
+    assert target.topology is not None
+    others = (device.address for device in target.topology.devices if device.group not in (member.group, None))
+    with _bound_member(next(others)) as second:
+        yield second
+
+
+@contextmanager
+def _bound_member(address: str) -> Iterator[Member]:
+    with bound(kernel.THIS, address):
+        group = sysfs.group_of(kernel.THIS, address)
+        assert group is not None
+        yield Member(address, group)
+
+
+@pytest.fixture
+def mixed() -> Iterator[Callable[[int], int]]:
+    """Makes 32 MiB of which that half (0 or 1) is a huge page of 16 MiB and the other ordinary pages; the address."""
+    made: list[int] = []
+
+    def make(huge_half: int) -> int:
+        made.append(areas.halves(huge_half, 16 << 20))
+        return made[-1]
+
+    yield make
+    for address in made:
+        areas.unmap(address, 32 << 20)
+
+
 @pytest.fixture
 def device(backend: vfio.Backend, bound_address: str) -> Iterator[vfio.Device]:
     """The device to work with, open."""
@@ -55,6 +97,23 @@ def two_edus(backend: vfio.Backend, target: System) -> Iterator[list[str]]:
     found = [device.address for device in target.topology.devices if device.model == "edu"][:2]
     with bound(backend, *found):
         yield found
+
+
+@pytest.fixture
+def load_driver(backend: vfio.Backend) -> Iterator[Callable[[str], None]]:
+    """Loads drivers of the host, which take the free devices that they match; they are unloaded afterwards."""
+    loaded: list[str] = []
+
+    def modprobe(verb: str, *words: str) -> None:
+        transcripts.tell(backend, verb, words[-1], lambda: subprocess.run(["modprobe", *words], check=True))
+
+    def load(name: str) -> None:
+        modprobe("load_driver", name)
+        loaded.append(name)
+
+    yield load
+    for name in reversed(loaded):
+        modprobe("unload_driver", "-r", name)
 
 
 @pytest.fixture

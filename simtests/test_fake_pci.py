@@ -691,6 +691,18 @@ def test_wakeup_eventfd_tells_of_the_first_access_which_ends_low_power(host: Hos
                 feature(nvme, 4 | SET, bad, 0)
 
 
+def test_waking_from_low_power_sets_messages_up_again(host: Host) -> None:
+    edu = host.open(EDU)
+    edu.set_config(reg.COMMAND, b"\x06\x01")
+    with eventfd() as fd:
+        edu.set_irqs(MSI, EVENTFD | TRIGGER, fd)
+        feature(edu, 3 | SET)
+        edu.set_config(0x42, b"\0\0")
+        edu.write(0x60, b"\0\0\0\1")
+        assert taken(fd) == 1
+        edu.close()
+
+
 def test_unknown_requests_raise_enotty(host: Host) -> None:
     edu = host.open(EDU)
     for n in (0, 6, 14, 15, 18, 19, 20, 100, None):

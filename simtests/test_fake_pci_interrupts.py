@@ -365,6 +365,17 @@ def test_request_of_the_host_is_signalled(edu: Opened) -> None:
         assert taken(fd) == 0
 
 
+def test_error_that_the_host_found_is_signalled(nvme: Opened) -> None:
+    vfio_pci.error_detected(nvme.pci)
+    with eventfd() as fd:
+        nvme.set_irqs(ERR, EVENTFD | TRIGGER, fd)
+        vfio_pci.error_detected(nvme.pci)
+        assert taken(fd) == 1
+        nvme.close()
+        vfio_pci.error_detected(nvme.pci)
+        assert taken(fd) == 0
+
+
 # --- eventfds ---
 
 

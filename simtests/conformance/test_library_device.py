@@ -1,9 +1,8 @@
-"""Regions and interrupts of a real device."""
+"""Regions and interrupts of a device."""
 
 import errno
 import os
 import select
-import sys
 
 import pytest
 
@@ -61,7 +60,6 @@ def test_mapped_and_unmapped_access_read_the_same(device, edu_driver):
     through_file = int.from_bytes(device.backend.pread(device.fd, 4, bar.file_offset + 4), bar.byteorder)
     assert bar.read32(4) == through_file == 0xF0E1D2C3
     assert bar.read(4, 4) == through_file.to_bytes(4, bar.byteorder)
-    assert bar.view(4)[1].to_bytes(4, sys.byteorder) == bar.read(4, 4)
 
 
 def test_doorbell_reaches_the_register(edu_driver):
@@ -72,14 +70,6 @@ def test_doorbell_reaches_the_register(edu_driver):
 def test_block_write_reaches_each_register(edu_driver):
     edu_driver.bar.write(4, b"\0\0\0\0")
     assert edu_driver.bar.read(4, 4) == b"\xff\xff\xff\xff"
-
-
-@pytest.mark.needs_edu
-def test_view_is_released_with_its_region(device):
-    view = device.region(vfio.BAR0).view(4)
-    device.region(vfio.BAR0).close()
-    with pytest.raises(ValueError, match="released"):
-        view[0]
 
 
 @pytest.mark.parametrize("kind", ["intx", "msi"])
@@ -110,8 +100,9 @@ def test_intx_is_masked_by_the_kernel_until_unmasked(device, edu_driver):
         assert vector.take() == 0
 
 
-def test_interrupt_says_when_a_transfer_is_done(device, edu_driver):
-    with device.iommu.map(vfio.DmaBuffer(1 << 16)) as dma, device.msi.enable() as vector:
+@pytest.mark.not_recorded("the device interrupts some time after the call that makes it do so")
+def test_interrupt_says_when_a_transfer_is_done(device, edu_driver, backend):
+    with device.iommu.map(vfio.DmaBuffer(1 << 16, backend=backend)) as dma, device.msi.enable() as vector:
         edu_driver.load(dma.iova, 16, interrupt=True)
         vector.wait(2)
         assert edu_driver.interrupt_status == edu_driver.DONE

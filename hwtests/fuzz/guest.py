@@ -1,0 +1,148 @@
+"""The guest's side: runs the programs of a file, each in a process of its own, and sends their records to the host.
+
+    python3 -m hwtests.fuzz.guest /lab/programs
+
+The first line of the file has the facts of the target, each other line a program. What goes to the descriptor
+VFIO_LAB_RECORDS are JSON lines: ``[k]`` before program k, ``[k, records]`` after it, or ``[k, records, signal]`` where
+its process died, or was ended for taking too long.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import select
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from hwtests.fuzz import setting
+from hwtests.fuzz.execute import Executor, Record
+from hwtests.fuzz.facts import Endpoint, Facts
+from hwtests.fuzz.program import Program
+from vfio.backend import Backend, open_backend
+
+_LONGEST = 30.0  # seconds that a program may take
+_CAP_IPC_LOCK = 14
+_CAPABILITY_VERSION_3 = 0x20080522
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Runner:
+    """Runs programs, and leaves the machine to each as the first one found it."""
+
+    def __init__(self, backend: Backend, facts: Facts) -> None:
+        self._backend = backend
+        self._facts = facts
+        self._edus = [each for each in facts.endpoints if each.model == "edu" and each.opens_fast]
+        self._configs = {path: path.read_bytes() for path in map(_config, facts.endpoints)}
+
+    def run(self, program: Program) -> tuple[list[Record], int]:
+        """The records of a program, and the signal that ended it early or 0."""
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(reading)
+            _exit_after(lambda: self._child(program, writing))
+        os.close(writing)
+        text, status = _collect(child, reading)
+        lines = text.split("\n")[:-1]
+        left = lines.pop() if lines and not lines[-1].startswith("{") else "transferred"
+        if left != "clean":
+            self._settle(memory=left == "transferred")
+        return [json.loads(line) for line in lines], os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+    def _child(self, program: Program, writing: int) -> None:
+        if program.memlock is not None:
+            _limit(program.memlock)
+        executor = Executor(self._backend, self._facts, program)
+        with os.fdopen(writing, "w", buffering=1) as stream:
+            for record in executor.run():
+                stream.write(json.dumps(record, separators=(",", ":")) + "\n")
+            left = "transferred" if executor.transferred else "touched" if executor.touched_device else "clean"
+            stream.write(left + "\n")
+            stream.flush()
+            os._exit(0)  # as a process that cleans up nothing: the kernel has to
+
+    def _settle(self, memory: bool) -> None:
+        for path, before in self._configs.items():
+            now = path.read_bytes()
+            with path.open("r+b", buffering=0) as file:
+                for at in range(0x40, len(before), 4):
+                    if now[at : at + 4] != before[at : at + 4]:
+                        os.pwrite(file.fileno(), before[at : at + 4], at)
+        for endpoint in self._edus:
+            setting.settle(self._backend, endpoint, memory)
+
+
+def _config(endpoint: Endpoint) -> Path:
+    return Path("/sys/bus/pci/devices", endpoint.address, "config")
+
+
+def _exit_after(act: Callable[[], None]) -> None:
+    try:
+        act()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _collect(child: int, reading: int) -> tuple[str, int]:
+    """All that a child writes, and its status; a child that takes too long is killed."""
+    end = time.monotonic() + _LONGEST
+    text = b""
+    while True:
+        left = end - time.monotonic()
+        if left <= 0:
+            os.kill(child, signal.SIGKILL)
+            break
+        if select.select([reading], [], [], left)[0]:
+            data = os.read(reading, 1 << 16)
+            if not data:
+                break
+            text += data
+    os.close(reading)
+    return text.decode(), os.waitpid(child, 0)[1]
+
+
+def _limit(memlock: int) -> None:
+    """Take CAP_IPC_LOCK from this process, and set its RLIMIT_MEMLOCK."""
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (memlock, memlock))
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
+    sets = (ctypes.c_uint32 * 6)()
+    if _libc.capget(header, sets):
+        raise OSError(ctypes.get_errno(), "capget")
+    sets[0] &= ~(1 << _CAP_IPC_LOCK)
+    if _libc.capset(header, sets):
+        raise OSError(ctypes.get_errno(), "capset")
+
+
+def main(path: str) -> None:
+    records = int(os.environ["VFIO_LAB_RECORDS"])
+
+    def send(message: object) -> None:
+        line = json.dumps(message, separators=(",", ":")).encode() + b"\n"
+        while line:
+            line = line[os.write(records, line) :]
+
+    lines = Path(path).read_text().splitlines()
+    facts = Facts.from_json(json.loads(lines[0]))
+    backend = open_backend("kernel:")
+    setting.bind(backend, facts)
+    runner = Runner(backend, facts)
+    for number, line in enumerate(lines[1:]):
+        send([number])
+        found, ended = runner.run(Program.loads(line))
+        send([number, found, ended] if ended else [number, found])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

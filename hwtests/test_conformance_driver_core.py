@@ -1,0 +1,1 @@
+from simtests.conformance.test_driver_core import *  # noqa: F403

@@ -1,0 +1,1 @@
+from simtests.conformance.test_pci_config import *  # noqa: F403

@@ -1,0 +1,1 @@
+from simtests.conformance.test_pci_feature import *  # noqa: F403

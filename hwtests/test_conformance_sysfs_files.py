@@ -1,0 +1,1 @@
+from simtests.conformance.test_sysfs_files import *  # noqa: F403

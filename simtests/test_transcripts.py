@@ -1,0 +1,71 @@
+"""The fake against transcripts of real kernels: every call of every conformance case, answer by answer.
+
+The files are recorded by ``python -m hwtests.transcripts record TARGET…``; `simtests.replay` says what is compared.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simtests.replay import Replay
+
+DIRECTORY = Path(__file__).parent / "transcripts"
+PRESETS = {
+    "powernv8": "fake:power8",
+    "powernv8-64k": "fake:power8?page_size=65536",
+    "powernv9": "fake:power9",
+    "pseries": "fake:pseries",
+}
+"""Each target of the lab, and the fake of the same machine."""
+LEFT_OUT = {
+    "core_group::test_full_descriptor_table_raises_emfile_before_the_container_is_looked_at",  # a limit of the process
+    "core_unbind::test_unbind_waits_for_the_device_and_asks_for_it",  # calls at the same time
+    "library_device::test_interrupt_says_when_a_transfer_is_done",  # an interrupt some time after the call
+    "library_spapr_v2::test_two_threads_map_in_one_container",  # calls at the same time
+    "pci_config::test_every_byte_of_an_express_device_keeps_what_it_should",  # 20,000 calls, and tables of its own
+    "pci_feature::test_signalled_ioeventfd_writes_the_register_little_endian",  # writes to an eventfd
+}
+"""The cases that no transcript can hold; on the fake they run as all others do."""
+
+
+@cache
+def cases(target: str) -> dict[str, list[dict[str, Any]]]:
+    """The records of each case; those of the file's first line under an empty name."""
+    found: dict[str, list[dict[str, Any]]] = {"": []}
+    name = ""
+    with gzip.open(DIRECTORY / f"{target}.jsonl.gz", "rt", encoding="utf-8") as file:
+        for line in file:
+            record = json.loads(line)
+            name = record.get("case", name)
+            found.setdefault(name, []).append(record)
+    return found
+
+
+def every_case() -> list[tuple[str, str]]:
+    return [
+        (target, name)
+        for target in PRESETS
+        if (DIRECTORY / f"{target}.jsonl.gz").exists()
+        for name in cases(target)
+        if name
+    ]
+
+
+@pytest.mark.parametrize(("target", "case"), every_case())
+def test_fake_answers_as_the_kernel_did(target, case):
+    first, *records = cases(target)[case]
+    differences = list(Replay(PRESETS[target], first["start"], records).differences())
+    assert not differences, "\n".join([f"{target}: {case}", *map(str, differences)])
+
+
+@pytest.mark.parametrize("target", PRESETS)
+def test_transcript_leaves_out_only_what_cannot_be_recorded(target):
+    (header,) = cases(target)[""]
+    assert header["target"] == target
+    assert set(header["left_out"]) <= LEFT_OUT
