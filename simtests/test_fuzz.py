@@ -12,6 +12,7 @@ import pytest
 
 from hwtests.fuzz import render, sides
 from hwtests.fuzz.compare import Difference, by_signature, compare
+from hwtests.fuzz.execute import Run
 from hwtests.fuzz.facts import Facts
 from hwtests.fuzz.generate import generate
 from hwtests.fuzz.program import Buffer, Program, Step
@@ -217,7 +218,7 @@ class Lying(FakeBackend):
         return 0 if request == uapi.VFIO_IOMMU_SPAPR_REGISTER_MEMORY else result
 
 
-def lying(facts: Facts, made: Program) -> sides.Run:
+def lying(facts: Facts, made: Program) -> Run:
     backend = sides.modelled(facts, made)
     backend.__class__ = Lying
     return sides.run_here(facts, made, backend)
@@ -242,7 +243,7 @@ def test_a_mistake_of_the_model_is_found(found: Difference) -> None:
 
 
 def test_the_program_of_a_difference_is_made_short_and_still_shows_it(found: Difference, facts: Facts) -> None:
-    def run_real(programs: Sequence[Program]) -> list[sides.Run]:
+    def run_real(programs: Sequence[Program]) -> list[Run]:
         return [sides.fake(facts, each) for each in programs]
 
     (short,) = shrink([found], run_real, lambda program: lying(facts, program))
@@ -257,7 +258,7 @@ def test_the_program_of_a_difference_is_made_short_and_still_shows_it(found: Dif
 def test_a_run_that_ends_early_is_a_difference(facts: Facts) -> None:
     made = program(*OPENED)
     whole = sides.fake(facts, made)
-    difference, compared = compare(made, sides.Run(whole.records[:2], "the machine stopped"), whole)
+    difference, compared = compare(made, Run(whole.records[:2], "the machine stopped"), whole)
     assert compared == 2
     assert difference is not None
     assert (difference.at, difference.real) == (2, {"ended": "the machine stopped"})
@@ -279,6 +280,6 @@ def corpus() -> list[dict[str, object]]:
 def test_programs_of_the_past_get_the_answers_that_a_real_kernel_gave(entry: dict[str, object]) -> None:
     facts = facts_of(str(entry["target"]))
     made = Program.loads(json.dumps(entry["program"]))
-    real = sides.Run(entry["records"])  # type: ignore[arg-type]
+    real = Run(entry["records"])  # type: ignore[arg-type]
     difference, _ = compare(made, real, sides.fake(facts, made))
     assert difference is None, "\n" + "\n".join(render.difference(difference))

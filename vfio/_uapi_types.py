@@ -226,6 +226,12 @@ def from_buffer(cls: type[S], buf: ReadableBuffer, offset: int = 0) -> S:
         raise ValueError(
             f"struct {cls.__name__} has {cls._size} bytes: none at offset {offset} of a buffer of {view.nbytes} bytes"
         )
+    # cffi does not survive that the garbage collector clears a memoryview which it looks through, so there is none where
+    # it can be helped: a piece of bytes, which cannot change, may as well be a copy.
+    if isinstance(buf, bytes):
+        return cast(S, ffi.from_buffer(cls._pointer, buf[offset:]))
+    if isinstance(buf, bytearray) and offset == 0:
+        return cast(S, ffi.from_buffer(cls._pointer, buf))
     return cast(S, ffi.from_buffer(cls._pointer, view[offset:]))
 
 

@@ -58,7 +58,7 @@ def chain(info: uapi.Struct, first: int, what: str) -> Iterator[Capability]:
                 errno.EIO, what, f"a capability at offset {offset} is outside the {whole.nbytes} bytes"
             )
         seen.add(offset)
-        header = uapi.from_buffer(uapi.vfio_info_cap_header, whole, offset)
+        header = uapi.from_buffer(uapi.vfio_info_cap_header, bytes(whole[offset : offset + header_size]))
         starts.append((offset, header))
         offset = header.next
     # A capability does not tell its length: it ends where the next one in memory begins.

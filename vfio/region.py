@@ -113,10 +113,10 @@ class Region:
             return []
         for capability in self.capabilities:
             if capability.id == uapi.VFIO_REGION_INFO_CAP_SPARSE_MMAP:
-                sparse = uapi.from_buffer(uapi.vfio_region_info_cap_sparse_mmap, capability.data)
+                sparse = uapi.from_buffer(uapi.vfio_region_info_cap_sparse_mmap, bytes(capability.data))
                 first = uapi.sizeof(uapi.vfio_region_info_cap_sparse_mmap)
                 item = uapi.vfio_region_sparse_mmap_area
-                areas = uapi.array_from_buffer(item, capability.data, first, sparse.nr_areas)
+                areas = uapi.array_from_buffer(item, bytes(capability.data), first, sparse.nr_areas)
                 return sorted(Area(area.offset, area.size) for area in areas if area.size)
         return [Area(0, self.size)]
 

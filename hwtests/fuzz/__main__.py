@@ -13,6 +13,7 @@ import click
 
 from hwtests.fuzz import render, sides
 from hwtests.fuzz.compare import Difference, by_signature, calls, compare
+from hwtests.fuzz.execute import Run
 from hwtests.fuzz.facts import Facts
 from hwtests.fuzz.generate import generate
 from hwtests.fuzz.program import Program
@@ -34,7 +35,7 @@ class _Fuzz:
     def programs(self, seed: str, calls: int, steps: int) -> list[Program]:
         return [generate(self.facts, f"{seed}/{number}", steps) for number in range(-(-calls // steps))]
 
-    def fake(self, program: Program) -> sides.Run:
+    def fake(self, program: Program) -> Run:
         return sides.fake(self.facts, program)
 
     def run(self, programs: Sequence[Program], shrinking: bool, record: Path | None) -> bool:
@@ -61,7 +62,7 @@ class _Fuzz:
         self._show(differences, shrinking)
         return not differences and not self.lab.harm
 
-    def _record(self, path: Path, programs: Sequence[Program], real: Sequence[sides.Run]) -> None:
+    def _record(self, path: Path, programs: Sequence[Program], real: Sequence[Run]) -> None:
         """Add what the real kernel answered to a file, for the tests of the model."""
         with path.open("a", encoding="utf-8") as file:
             for program, run in zip(programs, real, strict=True):

@@ -104,6 +104,17 @@ class Arena:
                 return number, address - base
         return None
 
+    def known(self, address: int) -> bool:
+        """Whether it is certain what is there: a buffer, the untouchable page around one, or nothing at all."""
+        around = (0 if buffer.page_size else self._page for buffer in self.buffers)
+        places = [
+            (base - page, base + buffer.size + page)
+            for base, buffer, page in zip(self._bases, self.buffers, around, strict=True)
+        ]
+        room = self._room.address
+        places += [(0, 1 << 16), (room + 2 * self._page, room + 3 * self._page), (1 << 62, 1 << 64)]
+        return any(start <= address < end for start, end in places)
+
     def sound(self, address: int, length: int) -> bool:
         """Whether all of that range is one buffer's, present and writable."""
         found = self.find(address)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from hwtests.fuzz.execute import Record
+from hwtests.fuzz.execute import Record, Run
 from hwtests.fuzz.program import Program, Step
-from hwtests.fuzz.sides import Run
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hwtests.fuzz.arena import Arena
@@ -36,11 +36,20 @@ IMAGE = 64
 """Bytes that the argument of an ioctl has around it, at least: what the kernel should not touch is canaries."""
 
 _NO_FD = 9999  # a number that is never open
-_INTERRUPT_TIME = 0.005  # seconds that an interrupt may take
+_INTERRUPT_TIME = 0.05  # seconds that an interrupt may take
 _DMA_TIME = 2.0  # seconds that a transfer may take
 _FIRST_REQUEST = uapi.request("VFIO_GET_API_VERSION")
 _SOURCE, _DESTINATION, _COUNT, _COMMAND, _ENGINE = 0x80, 0x88, 0x90, 0x98, 0x40000
 _CONFIG = 7 << 40
+
+
+@dataclass
+class Run:
+    """What became of a program."""
+
+    records: list[Record] = field(default_factory=list)
+    ended: str = ""
+    """Why there are fewer records than steps."""
 
 
 class _Skipped(Exception):

@@ -16,6 +16,7 @@ from vfio import uapi
 
 _EDU_CAPACITY = 4095  # bytes; QEMU ends the machine for one more
 _RESETS = (uapi.VFIO_EEH_PE_RESET_DEACTIVATE, uapi.VFIO_EEH_PE_RESET_HOT, uapi.VFIO_EEH_PE_RESET_FUNDAMENTAL)
+_ANYBODY = "what lies there is anybody's"
 _LOW_POWER = (uapi.VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY, uapi.VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP)
 _EDU_UNSAFE = ((0x08, 0x10), (0x80, 0xA0))
 """Registers of edu that start something: the factorial, whose thread answers at its leisure, and the DMA engine."""
@@ -48,7 +49,7 @@ class Guard:
         self._windows = [self._window(facts.window_start, facts.window_size, 12, 1)]
         self._registered: set[tuple[int, int]] = set()
         self._second_version = False
-        self._created = 0
+        self._created: list[_Window] = []  # and not removed
         self._low_power = False
 
     # --- before a call ---
@@ -133,7 +134,10 @@ class Guard:
                 lost = after == payload[: len(after)]  # it may be at either place
                 for start in (self._facts.window_start, self._facts.second_window) if lost else (_u64(after, 32),):
                     self._windows.append(self._window(start, size, shift, levels))
-                self._created += 1
+                    self._created.append(self._windows[-1])
+            case 20:
+                at = _u64(payload, 8)
+                self._created = [each for each in self._created if not each.start <= at < each.start + each.size]
 
     def closed(self) -> None:
         """A descriptor was closed: a container may have let go of its registrations."""
@@ -157,6 +161,8 @@ class Guard:
     def _map(self, vaddr: int, iova: int, size: int) -> str:
         if why := self._runs_past(iova, size):
             return why
+        if self._unknown(vaddr, size):
+            return _ANYBODY
         if iova == 0 and not self._first_page_succeeds(vaddr, size):
             return "a MAP whose first page fails, at IOVA 0, hangs PHB3"
         return ""
@@ -180,12 +186,17 @@ class Guard:
         )
 
     def _register(self, vaddr: int, size: int) -> str:
+        if self._unknown(vaddr, size):
+            return _ANYBODY
         if 1 << 32 < size < 1 << 52:
             return "the kernel would try to allocate a list of all these pages"
-        found = self._arena.find(vaddr)
-        if found and self._arena.buffers[found[0]].page_size and not self._arena.sound(vaddr, max(1, size)):
-            return "what lies behind huge pages is anybody's"
         return ""
+
+    def _unknown(self, vaddr: int, size: int) -> bool:
+        """Whether the kernel may come to memory of which the program knows nothing: there are no pages around huge ones."""
+        found = self._arena.find(vaddr)
+        behind = found and self._arena.buffers[found[0]].page_size and not self._arena.sound(vaddr, max(1, size))
+        return bool(behind) or not self._arena.known(vaddr)
 
     def _create(self, shift: int, size: int, levels: int) -> str:
         known = shift < 64 and bool(self._facts.page_sizes >> shift & 1)

@@ -3,8 +3,8 @@
     python3 -m hwtests.fuzz.guest /lab/programs
 
 The first line of the file has the facts of the target, each other line a program. What goes to the descriptor
-VFIO_LAB_RECORDS are JSON lines: ``[k]`` before program k, ``[k, records]`` after it, or ``[k, records, signal]`` where
-its process died, or was ended for taking too long.
+VFIO_LAB_RECORDS are JSON lines: ``[k]`` before program k, and ``[k, records, why]`` after it, where `why` says why there
+are fewer records than steps: its process died, or was ended for taking too long.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ import select
 import signal
 import sys
 import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from hwtests.fuzz import setting
-from hwtests.fuzz.execute import Executor, Record
+from hwtests.fuzz.execute import Executor, Run
 from hwtests.fuzz.facts import Endpoint, Facts
 from hwtests.fuzz.program import Program
 from vfio.backend import Backend, open_backend
@@ -30,6 +29,9 @@ from vfio.backend import Backend, open_backend
 _LONGEST = 30.0  # seconds that a program may take
 _CAP_IPC_LOCK = 14
 _CAPABILITY_VERSION_3 = 0x20080522
+
+_CLEAN, _TOUCHED, _TRANSFERRED = "clean", "touched", "transferred"
+"""How a program leaves the device: as it was, with other registers, or with other memory as well."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -43,31 +45,36 @@ class Runner:
         self._edus = [each for each in facts.endpoints if each.model == "edu" and each.opens_fast]
         self._configs = {path: path.read_bytes() for path in map(_config, facts.endpoints)}
 
-    def run(self, program: Program) -> tuple[list[Record], int]:
-        """The records of a program, and the signal that ended it early or 0."""
+    def run(self, program: Program) -> Run:
+        """Run a program in a process of its own."""
         reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
             os.close(reading)
-            _exit_after(lambda: self._child(program, writing))
+            self._child(program, writing)
         os.close(writing)
         text, status = _collect(child, reading)
-        lines = text.split("\n")[:-1]
-        left = lines.pop() if lines and not lines[-1].startswith("{") else "transferred"
-        if left != "clean":
-            self._settle(memory=left == "transferred")
-        return [json.loads(line) for line in lines], os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+        *records, end = text.split("\n")
+        # Of a process that died nobody knows what it did last.
+        left = end or f"transferred: it ended with status {os.waitstatus_to_exitcode(status)}"
+        if left != _CLEAN:
+            self._settle(memory=not left.startswith(_TOUCHED))
+        return Run([json.loads(record) for record in records], left.partition(": ")[2])
 
-    def _child(self, program: Program, writing: int) -> None:
-        if program.memlock is not None:
-            _limit(program.memlock)
-        executor = Executor(self._backend, self._facts, program)
-        with os.fdopen(writing, "w", buffering=1) as stream:
+    def _child(self, program: Program, writing: int) -> NoReturn:
+        """Write a line for each record, and then, without an end, what state the device is left in."""
+        end = _TRANSFERRED
+        try:
+            if program.memlock is not None:
+                _limit(program.memlock)
+            executor = Executor(self._backend, self._facts, program)
             for record in executor.run():
-                stream.write(json.dumps(record, separators=(",", ":")) + "\n")
-            left = "transferred" if executor.transferred else "touched" if executor.touched_device else "clean"
-            stream.write(left + "\n")
-            stream.flush()
+                _write(writing, json.dumps(record, separators=(",", ":")) + "\n")
+            end = _TRANSFERRED if executor.transferred else _TOUCHED if executor.touched_device else _CLEAN
+        except BaseException as error:
+            end = f"{_TRANSFERRED}: {type(error).__name__}: {error}"
+        finally:
+            _write(writing, end)
             os._exit(0)  # as a process that cleans up nothing: the kernel has to
 
     def _settle(self, memory: bool) -> None:
@@ -83,16 +90,6 @@ class Runner:
 
 def _config(endpoint: Endpoint) -> Path:
     return Path("/sys/bus/pci/devices", endpoint.address, "config")
-
-
-def _exit_after(act: Callable[[], None]) -> None:
-    try:
-        act()
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(1)
 
 
 def _collect(child: int, reading: int) -> tuple[str, int]:
@@ -125,13 +122,18 @@ def _limit(memlock: int) -> None:
         raise OSError(ctypes.get_errno(), "capset")
 
 
+def _write(descriptor: int, text: str) -> None:
+    data = text.encode()
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
 def main(path: str) -> None:
+    """Run the programs of the file at `path`."""
     records = int(os.environ["VFIO_LAB_RECORDS"])
 
-    def send(message: object) -> None:
-        line = json.dumps(message, separators=(",", ":")).encode() + b"\n"
-        while line:
-            line = line[os.write(records, line) :]
+    def send(*message: object) -> None:
+        _write(records, json.dumps(message, separators=(",", ":")) + "\n")
 
     lines = Path(path).read_text().splitlines()
     facts = Facts.from_json(json.loads(lines[0]))
@@ -139,9 +141,9 @@ def main(path: str) -> None:
     setting.bind(backend, facts)
     runner = Runner(backend, facts)
     for number, line in enumerate(lines[1:]):
-        send([number])
-        found, ended = runner.run(Program.loads(line))
-        send([number, found, ended] if ended else [number, found])
+        send(number)
+        run = runner.run(Program.loads(line))
+        send(number, run.records, run.ended)
 
 
 if __name__ == "__main__":

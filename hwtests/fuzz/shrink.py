@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hwtests.fuzz.compare import Difference, compare, outcome
+from hwtests.fuzz.execute import Run
 from hwtests.fuzz.program import Program, Step
-from hwtests.fuzz.sides import Run
 
 ROUNDS = 8
 _CANDIDATES = 24  # of a difference in a round, to be run on the real kernel

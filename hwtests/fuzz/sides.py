@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 from hwtests.fuzz import setting
-from hwtests.fuzz.execute import Executor, Record
+from hwtests.fuzz.execute import Executor, Run
 from hwtests.fuzz.facts import Facts
 from hwtests.fuzz.program import Program
 from hwtests.lab import frames, machine
@@ -16,15 +15,6 @@ from vfio.backend import Backend, open_backend
 
 _BOOTS = 5  # of one run: a program that ends the machine costs one
 _HARM = ("Oops", "BUG:", "soft lockup", "Kernel panic", "KASAN", "list_del corruption", "refcount_t")
-
-
-@dataclass
-class Run:
-    """What became of a program."""
-
-    records: list[Record] = field(default_factory=list)
-    ended: str = ""
-    """Why there are fewer records than steps."""
 
 
 class Lab:
@@ -68,9 +58,7 @@ class Lab:
                     self._report(f"{self._target.name}: program {number + 1} of {len(programs)}")
                     continue
                 done = number + 1
-                runs[number].records = rest[0]
-                if len(rest) > 1:
-                    runs[number].ended = f"its process ended by signal {rest[1]}"
+                runs[number].records, runs[number].ended = rest
 
         command = ["python3", "-m", "hwtests.fuzz.guest", "/lab/programs"]
         why = "the command ended early"

@@ -52,7 +52,8 @@ class Argument:
         """
         size = uapi.sizeof(struct)
         data = self.copy_in(size if minsz is None else minsz)
-        found = uapi.from_buffer(struct, bytearray(data.ljust(size, b"\0")))
+        found = struct()
+        uapi.buffer(found)[:size] = data.ljust(size, b"\0")
         if found.argsz < len(data):  # type: ignore[attr-defined]
             raise fail(errno.EINVAL)
         return found
