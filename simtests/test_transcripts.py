@@ -30,6 +30,10 @@ LEFT_OUT = {
     "library_spapr_v2::test_two_threads_map_in_one_container",  # calls at the same time
     "pci_config::test_every_byte_of_an_express_device_keeps_what_it_should",  # 20,000 calls, and tables of its own
     "pci_feature::test_signalled_ioeventfd_writes_the_register_little_endian",  # writes to an eventfd
+    # a descriptor, in the data of a feature, that is open in one process and not in another
+    "pci_feature::test_low_power_with_wakeup_needs_room_for_an_eventfd",
+    # huge pages that come from elsewhere than the seam
+    "spapr_v2_mapping::test_huge_page_before_ordinary_ones_lets_the_region_claim_its_size_and_the_pages_are_refused",
 }
 """The cases that no transcript can hold; on the fake they run as all others do."""
 
@@ -47,11 +51,8 @@ def cases(target: str) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-RECORDED = [target for target in PRESETS if (DIRECTORY / f"{target}.jsonl.gz").exists()]
-
-
 def every_case() -> list[tuple[str, str]]:
-    return [(target, name) for target in RECORDED for name in cases(target) if name]
+    return [(target, name) for target in PRESETS for name in cases(target) if name and name not in LEFT_OUT]
 
 
 @pytest.mark.parametrize(("target", "case"), every_case())
@@ -61,7 +62,7 @@ def test_fake_answers_as_the_kernel_did(target, case):
     assert not differences, "\n".join([f"{target}: {case}", *map(str, differences)])
 
 
-@pytest.mark.parametrize("target", RECORDED)
+@pytest.mark.parametrize("target", PRESETS)
 def test_transcript_leaves_out_only_what_cannot_be_recorded(target):
     (header,) = cases(target)[""]
     assert header["target"] == target

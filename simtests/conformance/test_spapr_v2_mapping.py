@@ -309,6 +309,7 @@ def test_transparent_huge_pages_count_as_ordinary(program, v2, area):
 
 
 @pytest.mark.targets("powernv8-64k")
+@pytest.mark.not_recorded("huge pages beside ordinary ones, which the seam cannot allocate")
 def test_huge_page_before_ordinary_ones_lets_the_region_claim_its_size_and_the_pages_are_refused(program, v2, mixed):
     half, address = 16 << 20, mixed(0)
     assert v2.register(address, 2 * half) == 0
