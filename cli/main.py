@@ -14,7 +14,7 @@ import click
 
 from vfio import errors
 
-from . import assignment, fake, inventory, output, testing
+from . import assignment, demo, fake, inventory, output, testing
 from .options import Options, common
 
 USAGE = 2
@@ -67,6 +67,7 @@ def cli(options: Options) -> None:
 
     \b
     Examples:
+      vfio demo
       vfio list
       vfio bind 0001:01:00.0 --group --user alice
       vfio selftest 0001:01:00.0
@@ -76,7 +77,7 @@ def cli(options: Options) -> None:
     """
 
 
-for command in (*inventory.COMMANDS, *assignment.COMMANDS, *testing.COMMANDS, *fake.COMMANDS):
+for command in (*inventory.COMMANDS, *assignment.COMMANDS, *testing.COMMANDS, *demo.COMMANDS, *fake.COMMANDS):
     cli.add_command(command)
 
 

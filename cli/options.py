@@ -77,7 +77,9 @@ def common(function: Callable[..., None]) -> Callable[..., None]:
 
     def command(ctx: click.Context, /, as_json: bool, url: str | None, trace: str | None, **arguments: Any) -> None:
         above = ctx.obj or Options()
-        ctx.obj = Options(as_json or above.json, url or above.url, trace or above.trace)
+        # Where nothing is said again it stays the same object, with the backend that it may have opened.
+        said = as_json or url or trace
+        ctx.obj = Options(as_json or above.json, url or above.url, trace or above.trace) if said else above
         function(ctx.obj, **arguments)
 
     functools.update_wrapper(command, function)

@@ -17,7 +17,7 @@ DISK = "0001:01:00.0"
 
 
 def test_the_commands_are_those_of_the_manual():
-    assert COMMANDS == ["bind", "fake", "list", "restore", "selftest", "show", "unbind", "why"]
+    assert COMMANDS == ["bind", "demo", "fake", "list", "restore", "selftest", "show", "unbind", "why"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -54,6 +54,7 @@ def test_help_and_version_of_the_whole(vfio):
         ["show", DISK, DISK],
         ["why", ""],
         ["selftest", "0000:01:00.9"],
+        ["demo", "0000:01:00.9"],
         ["show", "--trace", DISK],
     ],
 )
