@@ -224,6 +224,20 @@ def test_unmask_eventfd_unmasks_and_is_consumed(edu: Opened) -> None:
         edu.close()
 
 
+def test_eventfd_that_its_process_reads_as_well_goes_on_unmasking(edu: Opened) -> None:
+    with eventfd() as fd, eventfd() as unmask:
+        edu.set_irqs(INTX, EVENTFD | TRIGGER, fd)
+        edu.set_irqs(INTX, EVENTFD | UNMASK, unmask)
+        for _ in range(3000):  # either may be faster
+            os.eventfd_write(unmask, 1)
+            taken(unmask)
+        assert_line(edu)
+        assert taken(fd) == 1
+        os.eventfd_write(unmask, 1)
+        until(lambda: taken(fd) == 1)
+        edu.close()
+
+
 def test_unmask_eventfd_goes_with_intx(edu: Opened) -> None:
     with eventfd() as unmask:
         edu.set_irqs(INTX, EVENTFD | TRIGGER, -1)

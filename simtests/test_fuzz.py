@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hwtests.fuzz import render, sides
+from hwtests.fuzz.arena import Arena
 from hwtests.fuzz.compare import Difference, by_signature, compare
 from hwtests.fuzz.execute import Run
 from hwtests.fuzz.facts import Facts
@@ -139,6 +141,62 @@ def test_memory_has_holes_and_ends_before_a_page_that_cannot_be_touched(facts: F
     assert last(facts, register)["ret"] == 4
     holed = (Buffer(0x4000, 0, ((2, "read"),)),)
     assert sides.fake(facts, program(*OPENED, register, buffers=holed)).records[-1]["ret"] == 2
+
+
+def huge(facts: Facts, offset: int, pages: int) -> dict[str, object]:
+    """The record of a REGISTER of memory that begins `offset` bytes into a buffer of two hugetlb pages."""
+    step = ioctl(
+        0, "VFIO_IOMMU_SPAPR_REGISTER_MEMORY", vaddr=["buffer", 0, offset], size=pages * (facts.huge_page or 65536)
+    )
+    buffer = Buffer(2 * facts.huge_page, facts.huge_page)
+    return sides.fake(facts, program(*OPENED, step, buffers=(buffer,))).records[-1]
+
+
+def test_hugetlb_memory_begins_and_ends_at_a_page_that_cannot_be_touched() -> None:
+    facts = facts_of("powernv8-64k")
+    page, huge_page = facts.page_size, facts.huge_page
+    assert huge(facts, 0, 2)["ret"] == 0
+    assert huge(facts, 0, 3)["ret"] == 2 * huge_page // page
+    assert huge(facts, -page, 1)["errno"] == "EFAULT"
+    assert huge(facts, -huge_page, 1)["errno"] == "EFAULT"
+    assert huge(facts, 2 * huge_page, 1)["errno"] == "EFAULT"
+    assert "skipped" in huge(facts, -huge_page - page, 1)
+    assert "skipped" in huge(facts, 3 * huge_page, 1)
+
+
+@pytest.mark.parametrize("offset", [-(1 << 32), -(1 << 31), -0x1000, 0x4000, 1 << 31, 1 << 32])
+def test_what_lies_around_a_buffer_cannot_be_touched(facts: Facts, offset: int) -> None:
+    register = ioctl(0, "VFIO_IOMMU_SPAPR_REGISTER_MEMORY", vaddr=["buffer", 0, offset], size=0x1000)
+    assert last(facts, register)["errno"] == "EFAULT"
+
+
+def test_buffers_are_as_far_from_each_other_in_every_run(facts: Facts) -> None:
+    buffers = (Buffer(0x4000), Buffer(0x1000), Buffer(0x10000))
+
+    def distances() -> list[int]:
+        arena = Arena(sides.modelled(facts, program()), facts.page_size, buffers)
+        room = arena.bad("hole")
+        found = [room - arena.address(number, 0) for number in range(3)]
+        arena.close()
+        return found
+
+    before = distances()
+    with mmap.mmap(-1, 0x123000), mmap.mmap(-1, 1 << 32):
+        assert distances() == before
+
+
+def test_an_argument_finds_nothing_of_the_one_before_it(facts: Facts) -> None:
+    arena = Arena(sides.modelled(facts, program()), facts.page_size, (Buffer(0x4000),))
+    for how in ("address", "end", "readonly"):
+        arena.place(b"\1" * 100, how)
+        at = arena.place(b"\2" * 10, how)
+        assert arena.placed(at, 10) == b"\2" * 10
+        around = arena.placed(at + 10, 90) if how != "end" else arena.placed(at - 90, 90)
+        assert around == b"\xaa" * 90
+    at = arena.bad("end-8")
+    assert arena.placed(at - 1, 9) == b"\xaa" + b"\xff" * 8
+    assert arena.bad("hole") == at + 8
+    arena.close()
 
 
 def test_a_transfer_moves_what_was_in_one_buffer_to_another(facts: Facts) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 
 from hwtests.fuzz.arena import Arena
 from hwtests.fuzz.facts import Facts
-from hwtests.fuzz.guard import Guard, Kind
+from hwtests.fuzz.guard import ANYBODY, Guard, Kind
 from hwtests.fuzz.program import Operand, Program, Step
 from vfio import uapi
 from vfio.backend import Backend, Mapping
@@ -265,6 +265,8 @@ class Executor:
             return operand
         match operand:
             case ["buffer", number, offset]:
+                if not self._arena.certain(number, offset):
+                    raise _Skipped(ANYBODY)
                 return self._arena.address(number, offset)
             case ["bad", name]:
                 return self._arena.bad(name)

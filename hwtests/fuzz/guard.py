@@ -16,7 +16,7 @@ from vfio import uapi
 
 _EDU_CAPACITY = 4095  # bytes; QEMU ends the machine for one more
 _RESETS = (uapi.VFIO_EEH_PE_RESET_DEACTIVATE, uapi.VFIO_EEH_PE_RESET_HOT, uapi.VFIO_EEH_PE_RESET_FUNDAMENTAL)
-_ANYBODY = "what lies there is anybody's"
+ANYBODY = "what lies there is anybody's"
 _LOW_POWER = (uapi.VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY, uapi.VFIO_DEVICE_FEATURE_LOW_POWER_ENTRY_WITH_WAKEUP)
 _EDU_UNSAFE = ((0x08, 0x10), (0x80, 0xA0))
 """Registers of edu that start something: the factorial, whose thread answers at its leisure, and the DMA engine."""
@@ -161,8 +161,8 @@ class Guard:
     def _map(self, vaddr: int, iova: int, size: int) -> str:
         if why := self._runs_past(iova, size):
             return why
-        if self._unknown(vaddr, size):
-            return _ANYBODY
+        if not self._arena.known(vaddr):
+            return ANYBODY
         if iova == 0 and not self._first_page_succeeds(vaddr, size):
             return "a MAP whose first page fails, at IOVA 0, hangs PHB3"
         return ""
@@ -186,17 +186,11 @@ class Guard:
         )
 
     def _register(self, vaddr: int, size: int) -> str:
-        if self._unknown(vaddr, size):
-            return _ANYBODY
+        if not self._arena.known(vaddr):
+            return ANYBODY
         if 1 << 32 < size < 1 << 52:
             return "the kernel would try to allocate a list of all these pages"
         return ""
-
-    def _unknown(self, vaddr: int, size: int) -> bool:
-        """Whether the kernel may come to memory of which the program knows nothing: there are no pages around huge ones."""
-        found = self._arena.find(vaddr)
-        behind = found and self._arena.buffers[found[0]].page_size and not self._arena.sound(vaddr, max(1, size))
-        return bool(behind) or not self._arena.known(vaddr)
 
     def _create(self, shift: int, size: int, levels: int) -> str:
         known = shift < 64 and bool(self._facts.page_sizes >> shift & 1)

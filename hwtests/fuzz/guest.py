@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from hwtests.fuzz import setting
+from hwtests.fuzz.arena import hugetlb_pages
 from hwtests.fuzz.execute import Executor, Run
 from hwtests.fuzz.facts import Endpoint, Facts
 from hwtests.fuzz.program import Program
@@ -47,6 +48,9 @@ class Runner:
 
     def run(self, program: Program) -> Run:
         """Run a program in a process of its own."""
+        for buffer in program.buffers:
+            if buffer.page_size:
+                _provide(buffer.page_size, hugetlb_pages(buffer))
         reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
@@ -86,6 +90,14 @@ class Runner:
                         os.pwrite(file.fileno(), before[at : at + 4], at)
         for endpoint in self._edus:
             setting.settle(self._backend, endpoint, memory)
+
+
+def _provide(page_size: int, pages: int) -> None:
+    """Have that many free hugetlb pages: those that a program unregistered while they were mapped are free never again."""
+    directory = Path(f"/sys/kernel/mm/hugepages/hugepages-{page_size >> 10}kB")
+    all_pages, free = (int((directory / f"{name}_hugepages").read_text()) for name in ("nr", "free"))
+    if free < pages:
+        (directory / "nr_hugepages").write_text(str(all_pages + pages - free))
 
 
 def _config(endpoint: Endpoint) -> Path:

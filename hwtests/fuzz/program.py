@@ -20,7 +20,7 @@ Operand = int | list[Any]
 
 @dataclass(frozen=True)
 class Buffer:
-    """Memory of the program, between two pages that cannot be touched (huge pages have none around them)."""
+    """Memory of the program, between pages that cannot be touched."""
 
     size: int
     """Bytes, whole pages."""

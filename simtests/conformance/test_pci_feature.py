@@ -32,6 +32,7 @@ IOEVENTFD = uapi.VFIO_DEVICE_IOEVENTFD
 LIVENESS = EduRegisters.LIVENESS
 
 pytestmark = pytest.mark.lab_only  # what these devices are is known
+POWERNV = pytest.mark.targets("powernv8", "powernv8-64k", "powernv9", "powernv9-64k")
 
 
 @pytest.fixture
@@ -199,6 +200,16 @@ def test_ioeventfd_is_there_once_until_it_is_removed(edu, fd):
     assert ioeventfd(edu, -1, data=1) == 0
 
 
+def test_device_has_at_most_a_thousand_ioeventfds(edu, fd):
+    for data in range(1000):
+        assert ioeventfd(edu, fd, data=data) == 0
+    assert ioeventfd(edu, fd, data=1000) == "ENOSPC"
+    assert ioeventfd(edu, fd, data=999) == "EEXIST"
+    assert ioeventfd(edu, -1, data=1000) == "ENODEV"
+    assert ioeventfd(edu, -1, data=500) == 0
+    assert ioeventfd(edu, fd, data=1000) == 0
+
+
 @pytest.mark.parametrize("flags", [1, 2, 4])
 def test_ioeventfd_takes_every_width_up_to_four_bytes(edu, fd, flags):
     assert ioeventfd(edu, fd, flags=flags) == 0
@@ -221,6 +232,18 @@ def test_signalled_ioeventfd_writes_the_register_little_endian(edu, fd):
     registers[LIVENESS] = 0
     os.eventfd_write(fd, 1)
     assert registers[LIVENESS] == 0xFFFFFFFF
+
+
+@pytest.mark.not_recorded("what the program writes to an eventfd is no call of the seam")
+@POWERNV  # a pseries has one edu
+def test_one_eventfd_writes_registers_of_two_devices(backend, two_edus, fd):
+    with opened(backend, two_edus[0]) as first, opened(backend, two_edus[1]) as second:
+        for device in (first, second):
+            EduRegisters(device)[LIVENESS] = 0
+            assert ioeventfd(device, fd, data=0x11111111) == 0
+        os.eventfd_write(fd, 1)
+        assert reads(first, LIVENESS, 0xEEEEEEEE)
+        assert reads(second, LIVENESS, 0xEEEEEEEE)
 
 
 def test_last_close_removes_ioeventfds(backend, member, fd):

@@ -13,6 +13,7 @@ import pytest
 from simtests.conformance.pci_calls import (
     COMMAND,
     INTX_OFF,
+    MASTER,
     NOWHERE,
     EduRegisters,
     RawDevice,
@@ -34,6 +35,7 @@ NONE, BOOL, EVENTFD = 1, 2, 4
 MASK, UNMASK, TRIGGER = 8, 16, 32
 NEVER = 0.05
 """Seconds after which an interrupt that has not arrived does not."""
+WRITES = "what the program writes to an eventfd is no call of the seam"
 
 pytestmark = pytest.mark.lab_only  # hostile
 
@@ -294,6 +296,47 @@ def test_intx_is_unmasked_by_writing_to_an_eventfd(edu, registers):
         registers.lower_line()
 
 
+@pytest.mark.not_recorded(WRITES)
+def test_counter_of_an_eventfd_for_unmasking_is_taken_by_the_kernel(edu, registers):
+    with eventfds(2) as (trigger, unmask):
+        assert set_fds(edu, INTX, trigger) == 0
+        assert set_fds(edu, INTX, unmask, action=UNMASK) == 0
+        os.eventfd_write(unmask, 5)
+        edu.config(COMMAND, 2)
+        assert signals(unmask, NEVER) == 0
+        registers.raise_line()
+        assert signals(trigger) == 1
+        registers.lower_line()
+
+
+@pytest.mark.not_recorded(WRITES)
+def test_counter_from_before_unmasks_intx_and_stays(edu, registers):
+    with eventfds(2) as (trigger, unmask):
+        assert set_fds(edu, INTX, trigger) == 0
+        registers.raise_line()
+        assert signals(trigger) == 1
+        os.eventfd_write(unmask, 3)
+        assert set_fds(edu, INTX, unmask, action=UNMASK) == 0
+        assert signals(trigger) == 1  # the line is still up
+        edu.config(COMMAND, 2)
+        assert signals(unmask) == 3
+        registers.lower_line()
+
+
+def test_intx_may_unmask_itself(edu, registers, fd):
+    assert set_fds(edu, INTX, fd) == 0
+    assert set_fds(edu, INTX, fd, action=UNMASK) == 0
+    registers.raise_line()
+    assert signals(fd, NEVER) == 0  # taken before it is seen
+    registers.lower_line()
+    assert signals(fd, NEVER) == 0
+    with eventfds() as (other,):
+        assert set_fds(edu, INTX, other) == 0
+        registers.raise_line()
+        assert signals(other) == 1
+        registers.lower_line()
+
+
 def test_intx_has_one_eventfd_for_unmasking(edu, fd):
     assert set_fds(edu, INTX, fd) == 0
     with eventfds(2) as (first, second), closed_descriptor() as closed:
@@ -378,6 +421,63 @@ def test_msi_vector_without_an_eventfd_is_skipped(edu, registers, fd):
     assert signals(fd, NEVER) == 0
     assert edu.set_irqs(MSI, NONE | TRIGGER, count=1) == 0
     assert signals(fd) == 1
+
+
+def send(edu, registers, times=1):
+    """Messages of the device, which are writes of it."""
+    edu.set_config(COMMAND, 2, edu.config(COMMAND, 2) | MASTER)
+    for _ in range(times):
+        registers.raise_line()
+        registers.lower_line()
+
+
+def test_messages_from_before_the_first_eventfd_arrive_as_one_from_an_xics_and_not_at_all_from_a_xive(
+    target, edu, registers, fd
+):
+    assert set_fds(edu, MSI, -1) == 0
+    send(edu, registers, 3)
+    assert set_fds(edu, MSI, -1) == 0
+    assert set_fds(edu, MSI, fd) == 0
+    assert signals(fd, NEVER) == (1 if target.topology.platform.cpu == "POWER8" else 0)
+    send(edu, registers)
+    assert signals(fd) == 1
+
+
+def test_message_from_before_the_first_eventfd_is_forgotten_when_msi_is_disabled(edu, registers, fd):
+    assert set_fds(edu, MSI, -1) == 0
+    send(edu, registers)
+    assert disable(edu, MSI) == 0
+    assert set_fds(edu, MSI, fd) == 0
+    assert signals(fd, NEVER) == 0
+
+
+def test_message_of_a_vector_without_its_eventfd_any_more_is_lost(edu, registers, fd):
+    assert set_fds(edu, MSI, fd) == 0
+    assert set_fds(edu, MSI, -1) == 0
+    send(edu, registers)
+    assert set_fds(edu, MSI, fd) == 0
+    assert signals(fd, NEVER) == 0
+
+
+def test_message_of_a_vector_without_its_eventfd_any_more_overwrites_iova_0_on_powernv(
+    target, backend, edu, registers, fd
+):
+    size = backend.page_size
+    with backend.allocate(size) as memory:
+        memory.view[:8] = b"\xff" * 8
+        where = {"vaddr": memory.address, "size": size}
+        registered = uapi.vfio_iommu_spapr_register_memory(**where)
+        assert backend.ioctl(edu.container, uapi.VFIO_IOMMU_SPAPR_REGISTER_MEMORY, uapi.buffer(registered)) == 0
+        mapped = uapi.vfio_iommu_type1_dma_map(**where, flags=3, iova=0)
+        assert backend.ioctl(edu.container, uapi.VFIO_IOMMU_MAP_DMA, uapi.buffer(mapped)) == 0
+        assert set_fds(edu, MSI, -1) == 0
+        send(edu, registers)
+        assert bytes(memory.view[:8]) == b"\xff" * 8
+        assert set_fds(edu, MSI, fd) == 0
+        assert set_fds(edu, MSI, -1) == 0
+        send(edu, registers)
+        assert bytes(memory.view[:8]) == (bytes(4) if target.platform == "PowerNV" else b"\xff" * 4) + b"\xff" * 4
+        edu.close()
 
 
 def test_msi_eventfd_can_be_replaced_and_removed(edu):

@@ -9,6 +9,7 @@ import resource
 import select
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 from vfio.fake.kernel_error import fail
 from vfio.fake.process import Process
@@ -28,9 +29,14 @@ class EventFd:
         if link != "anon_inode:[eventfd]" or fd in process.files:
             raise fail(errno.EINVAL)
         self.fd = _aside(fd)
+        self.identity = _identity(self.fd)
+        """What tells one eventfd from another, whatever the descriptor."""
+        self._virqfds = process.machine.virqfds
 
     def signal(self) -> None:
-        """Add one; a counter that is full stays so."""
+        """Add one; a counter that is full stays so, and one that the kernel listens to is taken before it is seen."""
+        if self._virqfds.signal(self.identity):
+            return
         poll = select.poll()
         poll.register(self.fd, select.POLLOUT)
         if poll.poll(0):
@@ -56,10 +62,12 @@ class VirqFd:
 
 
 class VirqFds:
-    """The eventfds that a device listens to; handlers are called under `lock`.
+    """The eventfds that the kernel listens to; handlers are called under `lock`.
 
-    The kernel is called from the write itself, once for each that listens, and the first takes the counter.  Here a
-    thread for each eventfd waits; it ends with the last that listens.
+    The kernel takes the counter in the write itself, whoever writes, and then does what is asked for.  Here it is taken
+    at the next call of a process, or by a thread for each eventfd, which waits for that and ends with the last that
+    listens.  So two writes right after each other may count as one, and a process that reads the counter right after it
+    wrote may be faster, which it never is on a kernel.
     """
 
     def __init__(self, lock: threading.RLock) -> None:
@@ -69,18 +77,24 @@ class VirqFds:
     def listen(self, process: Process, fd: int, handler: Callable[[], None]) -> VirqFd:
         """Call `handler` for each signal of the eventfd; EBADF and EINVAL as `EventFd`."""
         eventfd = EventFd(process, fd)
-        identity = _identity(eventfd.fd)
         pending = _readable(eventfd.fd)
-        listener = self._listeners.get(identity)
+        listener = self._listeners.get(eventfd.identity)
         if listener:
             eventfd.put()
         else:
-            listener = _Listener(eventfd, self._lock, lambda: self._listeners.pop(identity))
-            self._listeners[identity] = listener
+            listener = _Listener(eventfd, self._lock, lambda: self._listeners.pop(eventfd.identity))
+            self._listeners[eventfd.identity] = listener
         virqfd = listener.add(handler)
         if pending:  # a signal from before counts, and stays in the counter
             handler()
         return virqfd
+
+    def signal(self, identity: str) -> bool:
+        """The kernel itself signals an eventfd, under the lock; False if nobody listens."""
+        listener = self._listeners.get(identity)
+        if listener:
+            listener.signal()
+        return listener is not None
 
     def deliver(self) -> None:
         """What processes have signalled happens now, whether or not the threads have noticed.  Called under the lock,
@@ -94,16 +108,16 @@ class _Listener:
 
     def __init__(self, eventfd: EventFd, lock: threading.RLock, ended: Callable[[], object]) -> None:
         self._eventfd, self._lock, self._on_end = eventfd, lock, ended
-        stop = os.eventfd(0, os.EFD_CLOEXEC)
-        self._stop = _aside(stop)
-        os.close(stop)
-        with select.epoll() as epoll:
-            self._epoll = select.epoll.fromfd(_aside(epoll.fileno()))
-        self._epoll.register(self._stop, select.EPOLLIN)
+        wake = os.eventfd(0, os.EFD_CLOEXEC)
+        self._wake = _aside(wake)
+        os.close(wake)
         # Each signal is an edge; what the counter holds already is none.
-        self._epoll.register(self._eventfd.fd, select.EPOLLIN | select.EPOLLET)
-        self._epoll.poll(0)
+        with select.epoll() as epoll:
+            self._edges = select.epoll.fromfd(_aside(epoll.fileno()))
+        self._edges.register(self._eventfd.fd, select.EPOLLIN | select.EPOLLET)
+        self._edges.poll(0)
         self._virqfds: list[VirqFd] = []
+        self._signalled = self._delivering = False
         threading.Thread(target=self._listen, name="vfio-virqfd", daemon=True).start()
 
     def add(self, handler: Callable[[], None]) -> VirqFd:
@@ -116,26 +130,44 @@ class _Listener:
         self._virqfds.remove(virqfd)
         if not self._virqfds:
             self._on_end()
-            os.eventfd_write(self._stop, 1)
+            os.eventfd_write(self._wake, 1)
+
+    def signal(self) -> None:
+        """Take the counter, and have the signal delivered."""
+        with suppress(BlockingIOError):  # there is nothing, or the process has just read it itself
+            os.preadv(self._eventfd.fd, [bytearray(8)], -1, os.RWF_NOWAIT)
+        self._signalled = True
+        if not self._delivering:  # what signals itself waits for the next call: it would never come to an end
+            os.eventfd_write(self._wake, 1)
 
     def deliver(self) -> None:
-        """Take the counter, if the process has not been faster, and call who listens."""
-        if self._virqfds and _readable(self._eventfd.fd):
-            os.eventfd_read(self._eventfd.fd)
-            for virqfd in list(self._virqfds):
-                virqfd.handler()
+        """After a signal: call who listens."""
+        self._delivering = True
+        try:
+            if self._edges.poll(0):
+                self.signal()
+            if self._signalled:
+                self._signalled = False
+                for virqfd in list(self._virqfds):
+                    virqfd.handler()
+        finally:
+            self._delivering = False
 
     def _listen(self) -> None:
-        while not self._stopped():
+        poll = select.poll()
+        poll.register(self._wake, select.POLLIN)
+        poll.register(self._edges, select.POLLIN)
+        while True:
+            woken = self._wake in {fd for fd, _ in poll.poll()}
             with self._lock:
+                if not self._virqfds:
+                    break
+                if woken:
+                    os.eventfd_read(self._wake)
                 self.deliver()
-        self._epoll.close()
+        self._edges.close()
         self._eventfd.put()
-        os.close(self._stop)
-
-    def _stopped(self) -> bool:
-        """Wait for a signal; True if it was to end."""
-        return self._stop in {fd for fd, _ in self._epoll.poll()}
+        os.close(self._wake)
 
 
 def _aside(fd: int) -> int:
@@ -153,6 +185,5 @@ def _readable(fd: int) -> bool:
 
 
 def _identity(fd: int) -> str:
-    """What tells one eventfd from another, whatever the descriptor."""
     with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as file:
         return next((line for line in file if line.startswith("eventfd-id")), f"descriptor {fd}")

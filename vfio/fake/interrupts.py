@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ _DATA, _ACTIONS = 0x07, 0x38
 _MASK, _UNMASK, _TRIGGER = 0x08, 0x10, 0x20
 _MINSZ = 20
 _MSI_ADDRESS = 0xFFFF_0000_0000
+_MESSAGE_SIZE = 4  # bytes
 
 
 class Interrupts:
@@ -44,6 +46,8 @@ class Interrupts:
         self._unmask: VirqFd | None = None
         self._vectors: dict[int, EventFd] = {}
         self._allocated = 0
+        self._waiting: set[int] = set()
+        """MSI vectors whose message is kept until there is an eventfd for it."""
         self._single: dict[int, EventFd] = {}  # ERR and REQ
 
     @property
@@ -203,7 +207,7 @@ class Interrupts:
         if self.active != INTX or start or count != 1:
             raise fail(errno.EINVAL)
         if kind == _EVENTFD and values[0] >= 0:
-            listener = self._vdev.virqfds.listen(process, values[0], self.unmask_intx)
+            listener = self._pci.machine.virqfds.listen(process, values[0], self.unmask_intx)
             if self._unmask:
                 listener.put()
                 raise fail(errno.EBUSY)
@@ -286,6 +290,10 @@ class Interrupts:
         if index == MSI:
             self.msi_queue_max = (vectors - 1).bit_length()
             pci.enable_msi(_MSI_ADDRESS, self.msi_queue_max)
+            if pci.has_xics:
+                # Nobody has asked for these interrupts yet.  An XICS keeps one for later; a XIVE drops them.
+                for vector in range(vectors):
+                    pci.set_vector(vector, functools.partial(self._waiting.add, vector))
         else:
             pci.enable_msix(_MSI_ADDRESS, vectors)
         self.active, self._allocated = index, vectors
@@ -293,6 +301,10 @@ class Interrupts:
     def _msi_disable(self) -> None:
         for vector in list(self._vectors):
             self._clear_vector(vector)
+        if self.active == MSI:
+            for vector in range(self._allocated):
+                self._pci.set_vector(vector, None)
+            self._waiting.clear()
         self._pci.disable_messages()
         self.active, self._allocated = None, 0
 
@@ -315,11 +327,20 @@ class Interrupts:
         eventfd = EventFd(process, fd)
         self._vectors[vector] = eventfd
         self._pci.set_vector(vector, eventfd.signal)
+        if vector in self._waiting:
+            self._waiting.discard(vector)
+            eventfd.signal()
 
     def _clear_vector(self, vector: int) -> None:
         if eventfd := self._vectors.pop(vector, None):
-            self._pci.set_vector(vector, None)
+            astray = self.active == MSI and self._pci.machine.topology.platform.name == "PowerNV"
+            self._pci.set_vector(vector, self._send_astray if astray else None)
             eventfd.put()
+
+    def _send_astray(self) -> None:
+        """An interrupt was given back: powernv clears the address and data of its message in the device, which cannot
+        mask it.  The message is now a write of zeros at bus address 0, the user's own."""
+        self._pci.dma_write(0, bytes(_MESSAGE_SIZE))
 
     # --- error and request ---
 

@@ -9,6 +9,7 @@ from vfio import uapi
 from vfio.fake.clock import Clock
 from vfio.fake.core import VfioCore
 from vfio.fake.driver_core import DriverCore
+from vfio.fake.eventfd import VirqFds
 from vfio.fake.hooks import Hooks
 from vfio.fake.process import Process
 
@@ -39,6 +40,8 @@ class Machine:
         """Held during every call: the modelled kernel does one thing at a time."""
         self.changed = threading.Condition(self.lock)
         """Notified when a file was released: what a blocked call waits for."""
+        self.virqfds = VirqFds(self.lock)
+        """The eventfds at which a process asks for something: to unmask an interrupt, to write a register."""
         self.clock = Clock()
         self.hooks = Hooks()
         self.processes: list[Process] = []

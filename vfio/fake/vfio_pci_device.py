@@ -9,7 +9,6 @@ from vfio.fake import registers as reg
 from vfio.fake import reset
 from vfio.fake.bars import Bars
 from vfio.fake.config_space import ConfigSpace
-from vfio.fake.eventfd import VirqFds
 from vfio.fake.interrupts import INTX, REQ, Interrupts
 from vfio.fake.kernel_error import fail
 
@@ -30,7 +29,6 @@ class VfioPciDevice:
 
     def __init__(self, pci: PciDevice) -> None:
         self.pci = pci
-        self.virqfds = VirqFds(pci.machine.lock)
         self.users = 0
         self.reset_works = False
         """The function could be reset at the first open."""
@@ -162,7 +160,6 @@ class VfioPciDevice:
 
     def touch(self) -> None:
         """A call of a process begins."""
-        self.virqfds.deliver()
         self.wake()
 
     def rest(self) -> None:
