@@ -24,9 +24,10 @@ def fake(options: Options) -> None:
 @fake.command()
 @common
 def capture(options: Options) -> None:
-    """Print this host as a topology: PCI devices, groups, PEs, drivers, and what the host uses them for.
+    """Print this host as a topology: PCI devices with their BARs, groups, PEs, drivers, and what the host uses them for.
 
-    Needs no privilege, and opens nothing. DMA windows are those of the platform: sysfs does not show them.
+    Needs no privilege, and opens no device; captured by root, devices have their own MSI-X tables as well. DMA windows are
+    those of the platform: sysfs does not show them.
 
     \b
     Example:

@@ -19,8 +19,19 @@ import pytest
 pytest.register_assert_rewrite("simtests.conformance")
 
 from hwtests import transcripts  # noqa: E402
-from hwtests.devices import as_alice, bound_address, device, edu_driver, load_driver, member, mixed, second, two_edus  # noqa: E402
-from hwtests.processes import another_process  # noqa: E402
+from hwtests.devices import (  # noqa: E402
+    as_alice,
+    bound_address,
+    device,
+    edu_driver,
+    iommu_module,
+    load_driver,
+    member,
+    mixed,
+    second,
+    two_edus,
+)
+from hwtests.processes import another_process, killed_by  # noqa: E402
 from simtests.conformance.fixtures import area, other_program, program, v1, v2  # noqa: E402
 
 if TYPE_CHECKING:
@@ -34,6 +45,8 @@ __all__ = [  # fixtures, found here by name
     "bound_address",
     "device",
     "edu_driver",
+    "iommu_module",
+    "killed_by",
     "load_driver",
     "member",
     "mixed",
@@ -85,6 +98,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "targets(name, ...): only for these targets of the lab",
         "leaks: leaves something held on purpose, in a process of its own",
         "not_recorded(reason): does what no transcript can hold",
+        "spoils: leaves the machine changed until it boots again, and so comes last",
     ):
         config.addinivalue_line("markers", mark)
     option = config.option
@@ -137,7 +151,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         wanted = not item.path.is_relative_to(_HERE) or (_chosen(config) and _wanted(config, item))
         (kept if wanted else left_out).append(item)
-    items[:] = kept
+    items[:] = sorted(kept, key=lambda item: item.get_closest_marker("spoils") is not None)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
 
@@ -147,7 +161,7 @@ def _wanted(config: pytest.Config, item: pytest.Item) -> bool:
     fixtures = getattr(item, "fixturenames", ())
     if "edu_driver" in fixtures:
         item.add_marker("needs_edu")
-    if {"two_edus", "second", "load_driver", "as_alice"} & set(fixtures):
+    if {"two_edus", "second", "load_driver", "iommu_module", "as_alice"} & set(fixtures):
         item.add_marker("lab_only")
     if config.option.device:
         if item.get_closest_marker("needs_edu") and (found := _identity(config.option.device)) != _EDU:

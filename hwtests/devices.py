@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +23,9 @@ from vfio.backends import kernel
 
 if TYPE_CHECKING:
     from hwtests.lab.targets import System
+
+_DELETE_MODULE = 129  # delete_module(2) on POWER
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @contextmanager
@@ -114,6 +120,29 @@ def load_driver(backend: vfio.Backend) -> Iterator[Callable[[str], None]]:
     yield load
     for name in reversed(loaded):
         modprobe("unload_driver", "-r", name)
+
+
+class IommuModule:
+    """modprobe of the module with VFIO's IOMMU driver."""
+
+    _name = "vfio_iommu_spapr_tce"
+
+    def unload(self) -> str | None:
+        """None, or the errno: EAGAIN while a container uses it."""
+        if _libc.syscall(_DELETE_MODULE, self._name.encode(), os.O_NONBLOCK):
+            return errno.errorcode[ctypes.get_errno()]
+        return None
+
+    def load(self) -> None:
+        subprocess.run(["modprobe", self._name], check=True)
+
+
+@pytest.fixture
+def iommu_module() -> Iterator[IommuModule]:
+    """The module with VFIO's IOMMU driver; loaded again afterwards."""
+    module = IommuModule()
+    yield module
+    module.load()
 
 
 @pytest.fixture

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import os
 import pickle
 import resource
+import signal
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -39,11 +41,11 @@ class OtherProcess(Backend):
     url = kernel.THIS.url
     page_size = kernel.THIS.page_size
 
-    def __init__(self, uid: int, memlock: int | None, ipc_lock: bool | None) -> None:
+    def __init__(self, uid: int, groups: Sequence[int], memlock: int | None, ipc_lock: bool | None) -> None:
         self._socket, theirs = socket.socketpair()
         self._pid = os.fork()
         if self._pid == 0:
-            _be_another(theirs, uid, memlock, uid == 0 if ipc_lock is None else ipc_lock)
+            _be_another(theirs, uid, groups, memlock, uid == 0 if ipc_lock is None else ipc_lock)
         theirs.close()
 
     def receive(self, fd: int) -> int:
@@ -176,21 +178,49 @@ class _Child:
 
 @pytest.fixture
 def another_process(backend: Backend) -> Iterator[Callable[..., OtherProcess | transcripts.TracedProcess]]:
-    """Starts another process: `uid`, `memlock` (RLIMIT_MEMLOCK, bytes), `ipc_lock` (CAP_IPC_LOCK)."""
+    """Starts another process: `uid`, `groups` (in which it is; None: the user's own alone), `memlock` (RLIMIT_MEMLOCK,
+    bytes), `ipc_lock` (CAP_IPC_LOCK)."""
     started: list[OtherProcess] = []
 
     def start(
-        *, uid: int = 0, memlock: int | None = 8 << 20, ipc_lock: bool | None = None
+        *,
+        uid: int = 0,
+        groups: Sequence[int] | None = None,
+        memlock: int | None = 8 << 20,
+        ipc_lock: bool | None = None,
     ) -> OtherProcess | transcripts.TracedProcess:
-        started.append(OtherProcess(uid, memlock, ipc_lock))
-        return transcripts.also(backend, started[-1], uid=uid, memlock=memlock, ipc_lock=ipc_lock)
+        started.append(OtherProcess(uid, (uid,) if groups is None else groups, memlock, ipc_lock))
+        return transcripts.also(backend, started[-1], uid=uid, groups=groups, memlock=memlock, ipc_lock=ipc_lock)
 
     yield start
     for each in started:
         each.exit()
 
 
-def _be_another(connection: socket.socket, uid: int, memlock: int | None, ipc_lock: bool) -> None:
+@pytest.fixture
+def killed_by() -> Callable[[Callable[[], object]], str | None]:
+    """Which signal a call that touches a mapping kills its process by; None: by none.  A child makes the call."""
+
+    def touch(call: Callable[[], object]) -> str | None:
+        pid = os.fork()
+        if pid == 0:
+            faulthandler.disable()
+            with contextlib.suppress(BaseException):
+                call()
+                os._exit(0)
+            os._exit(1)
+        _, status = os.waitpid(pid, 0)
+        if os.WIFSIGNALED(status):
+            return signal.Signals(os.WTERMSIG(status)).name
+        assert os.WEXITSTATUS(status) == 0, "the call failed"
+        return None
+
+    return touch
+
+
+def _be_another(
+    connection: socket.socket, uid: int, groups: Sequence[int], memlock: int | None, ipc_lock: bool
+) -> None:
     """The child's life; it never returns."""
     try:
         _let_go_of_files(connection.fileno())
@@ -198,8 +228,9 @@ def _be_another(connection: socket.socket, uid: int, memlock: int | None, ipc_lo
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, limit))
         if uid:
             _libc.prctl(_KEEPCAPS, 1, 0, 0, 0)
-            os.setgroups([])
-            os.setresgid(uid, uid, uid)
+            first, *others = groups
+            os.setgroups(others)
+            os.setresgid(first, first, first)
             os.setresuid(uid, uid, uid)
         _set_capabilities(_CAP_IPC_LOCK if ipc_lock else 0, keep_others=uid == 0)
         child = _Child(connection)

@@ -118,6 +118,9 @@ def test_huge_pages_can_be_touched(target: "System") -> None:
 def _bound(address: str) -> Iterator[Path]:
     """The group's file in /dev/vfio, with the device on vfio-pci."""
     device = _DEVICES / address
+    before = (device / "driver").resolve()
+    if before.exists():
+        (before / "unbind").write_text(address)
     (device / "driver_override").write_text("vfio-pci\n")
     Path("/sys/bus/pci/drivers_probe").write_text(address)
     try:
@@ -125,6 +128,8 @@ def _bound(address: str) -> Iterator[Path]:
     finally:
         (device / "driver" / "unbind").write_text(address)
         (device / "driver_override").write_text("\n")
+        if before.exists():
+            (before / "bind").write_text(address)
 
 
 def _spapr_iommu(group: Path, page_size: int) -> Iommu:

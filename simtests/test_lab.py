@@ -188,7 +188,9 @@ def test_environment_names_the_mirror_whatever_apt_says(tmp_path: Path) -> None:
 
 def test_targets_are_every_machine_with_both_page_sizes() -> None:
     assert [
-        f"{name}{suffix}" for name in ("powernv8", "powernv9", "powernv10", "pseries") for suffix in ("", "-64k")
+        f"{name}{suffix}"
+        for name in ("powernv8", "powernv9", "powernv10", "pseries", "siblings")
+        for suffix in ("", "-64k")
     ] == (list(targets.TARGETS))
     assert (targets.target("powernv8").page_size, targets.target("powernv8-64k").page_size) == (4096, 65536)
 
@@ -233,6 +235,14 @@ def test_bare_machine_gets_its_bmc_phbs_root_ports_and_devices() -> None:
 
 def test_commas_of_a_drives_path_are_doubled() -> None:
     assert "if=none,id=drive000201000,format=raw,file=/tmp/a,,b" in arguments("power8")
+
+
+def test_device_with_an_expansion_rom_gets_the_file_with_it() -> None:
+    machine = topology.load("siblings")
+    assert qemu.roms_of(machine) == {"0000:01:00.1": topology.option_rom(0x800)}
+    roms = {address: Path("/tmp/rom,1") for address in qemu.roms_of(machine)}
+    words = arguments("siblings", drives={"0000:01:00.2": Path("/tmp/d")}, roms=roms)
+    assert "pci-testdev,bus=port0,addr=0.1,romfile=/tmp/rom,,1" in devices_of(words)
 
 
 def test_pseries_devices_sit_on_the_phbs_own_bus() -> None:

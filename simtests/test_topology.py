@@ -147,8 +147,8 @@ def test_machines_of_the_lab_begin_with_an_edu(name: str) -> None:
     assert topology.load(name).devices[0].model == "edu"
 
 
-def test_the_three_machines_of_the_lab_are_packaged() -> None:
-    assert LAB == ["power10", "power8", "power9", "pseries"]
+def test_the_machines_of_the_lab_are_packaged() -> None:
+    assert LAB == ["power10", "power8", "power9", "pseries", "siblings"]
 
 
 @pytest.mark.parametrize("name", ["power8", "power9", "power10"])
@@ -243,6 +243,30 @@ def test_missing_key_of_the_second_device_tells_where_the_device_begins() -> Non
         ("drive = 0x100000", "interfaces = [1]", "phb[1].device[0].interfaces: must be a list of one or more tables"),
         ("drive = 0x100000", 'interfaces = [{ name = "a", ip = 1 }]', "interfaces[0].ip: unknown key"),
         ("drive = 0x100000", "revision = 256", "phb[1].device[0].revision: 0x100 is not in 0x0..0xff"),
+        (
+            "drive = 0x100000",
+            "bars = [{ bar = 6, size = 4096 }]",
+            "phb[1].device[0].bars[0].bar: 0x6 is not in 0x0..0x5",
+        ),
+        ("drive = 0x100000", "bars = [{ bar = 0, size = 4095 }]", "bars[0].size: 0xfff is not a power of two"),
+        ("drive = 0x100000", "bars = [{ bar = 5, size = 4096, bits64 = true }]", "bars[0].bar: BAR 6 is used twice"),
+        (
+            "drive = 0x100000",
+            "bars = [{ bar = 0, size = 4096, bits64 = true }, { bar = 1, size = 4096 }]",
+            "bars[1].bar: BAR 1 is used twice",
+        ),
+        ("drive = 0x100000", "bars = [{ bar = 0, size = 16, io = true, bits64 = true }]", "bars[0].io: I/O ports are"),
+        ("drive = 0x100000", "rom = 0x900", "phb[1].device[0].rom: 0x900 is not a power of two"),
+        (
+            "drive = 0x100000",
+            "msix = { vectors = 1, bar = 0, table = 4, pba = 0 }",
+            "msix.table: 0x4 is not a multiple",
+        ),
+        (
+            "drive = 0x100000",
+            "bars = [{ bar = 0, size = 4096 }]\nmsix = { vectors = 257, bar = 0, table = 0, pba = 0 }",
+            "phb[1].device[0].msix: BAR 0 is no memory of 0x1010 bytes",
+        ),
         ("class = 0x060400", "class = 0x060400\nsecondary_bus = 0", "secondary_bus: 0x0 is not in 0x1..0xff"),
         (
             "drive = 0x100000",
@@ -369,6 +393,24 @@ def test_power7_has_two_pes_with_a_fixed_window_each_and_says_where_that_is_from
         Window(1 << 30, 1 << 30, 4096),
     ]
     assert "from the documents alone" in machine.description
+
+
+def test_bars_are_those_that_are_said_or_those_of_the_model() -> None:
+    source = GOOD.replace("drive = 0x100000", "bars = [{ bar = 2, size = 0x100, io = true }]")
+    assert topology.parse(source).device("0001:01:00.0").bars == (topology.Bar(2, 0x100, io=True),)
+    assert topology.parse(GOOD).device("0001:01:00.0").bars is None
+    assert topology.parse(GOOD.replace("drive = 0x100000", "bars = []")).device("0001:01:00.0").bars == ()
+
+
+@pytest.mark.parametrize("size", [0x800, 0x1000, 0x10000])
+def test_image_of_an_expansion_rom_is_one_to_firmware(size: int) -> None:
+    image = topology.option_rom(size)
+    assert len(image) == size - 512
+    assert image[:2] == b"\x55\xaa"
+    data = int.from_bytes(image[0x18:0x1A], "little")
+    assert image[data : data + 4] == b"PCIR"
+    assert int.from_bytes(image[data + 16 : data + 18], "little") * 512 == len(image)
+    assert image[data + 21] & 0x80  # the last image
 
 
 def test_document_has_its_group_26() -> None:

@@ -53,12 +53,14 @@ from pathlib import Path
 from vfio.topology_table import Origin, Table, TopologyError
 
 __all__ = [
+    "Bar",
     "Device",
     "Disk",
     "Driver",
     "Interface",
     "Iommu",
     "Machine",
+    "Msix",
     "Phb",
     "Platform",
     "Topology",
@@ -66,6 +68,7 @@ __all__ = [
     "Window",
     "load",
     "names",
+    "option_rom",
     "parse",
 ]
 
@@ -74,6 +77,8 @@ _ADDRESS = re.compile(r"(?P<domain>[0-9a-f]{4,8}):(?P<bus>[0-9a-f]{2}):(?P<slot>
 _SLOT = re.compile(r"(?P<slot>[01]?[0-9a-f])\.(?P<function>[0-7])")
 _ID = re.compile(r"([0-9a-f]{4}):([0-9a-f]{4})")
 _NUMBER = re.compile(r"(\d{1,3}):(\d{1,7})")
+_SECTOR, _ROM_DATA = 512, 0x40
+"""Unit of the length of an expansion ROM's image, and where its data structure is, bytes."""
 _BRIDGE = 0x06
 """The base class of devices that can have a bus below them."""
 
@@ -155,6 +160,27 @@ class Disk:
 
 
 @dataclass(frozen=True)
+class Bar:
+    """A BAR of a function."""
+
+    index: int  # 0 to 5; a 64-bit one takes the next as well
+    size: int  # bytes, a power of two
+    io: bool = False  # I/O ports, not memory
+    bits64: bool = False  # can be anywhere in 64 bits
+    prefetchable: bool = False
+
+
+@dataclass(frozen=True)
+class Msix:
+    """The MSI-X table of a function."""
+
+    vectors: int  # 0: it has no MSI-X
+    bar: int = 0  # index of the BAR with the table and the pending bits
+    table: int = 0  # where the table is in it, bytes
+    pba: int = 0  # where the pending bits are, bytes
+
+
+@dataclass(frozen=True)
 class Device:
     """A PCI function."""
 
@@ -169,6 +195,9 @@ class Device:
     reset: tuple[str, ...] = ()  # ways to reset it, in the order of sysfs reset_method; empty: it has none
     properties: tuple[tuple[str, str], ...] = ()  # of QEMU's -device
     drive: int = 0  # bytes of the backing drive, for a device that has one
+    bars: tuple[Bar, ...] | None = None  # None: those of the model
+    msix: Msix | None = None  # None: that of the model, as far as its BAR is there
+    rom: int = 0  # bytes of the expansion ROM, a power of two; `option_rom` is in it; 0: the function has none
     subsystem_vendor: int | None = None
     subsystem_device: int | None = None
     revision: int | None = None  # of these three, None is what the model has
@@ -263,6 +292,16 @@ class Topology:
             return device if device.group is None else replace(device, group=renumbered[device.group])
 
         return replace(self, phbs=tuple(replace(phb, devices=tuple(map(moved, phb.devices))) for phb in phbs))
+
+
+def option_rom(size: int) -> bytes:
+    """What is in an expansion ROM of `size` bytes: an image that ends 512 bytes before it does (PCI Firmware
+    Specification, 5.1)."""
+    length = size - _SECTOR
+    data = b"PCIR" + bytes(6) + b"\x18\0" + bytes(4) + (length // _SECTOR).to_bytes(2, "little") + bytes(3) + b"\x80"
+    header = b"\x55\xaa" + bytes(22) + _ROM_DATA.to_bytes(2, "little")
+    start = header.ljust(_ROM_DATA, b"\0") + data.ljust(_SECTOR - _ROM_DATA, b"\0")
+    return start + (bytes(range(256)) * (length // 256))[: length - len(start)]
 
 
 def names() -> list[str]:
@@ -431,6 +470,9 @@ def _device(table: Table, domain: int, on_bus: bool) -> Device:
         reset=tuple(table.texts("reset")) if table.has("reset") else (),
         properties=table.properties("properties"),
         drive=table.integer("drive", minimum=512) if table.has("drive") else 0,
+        bars=_bars(table) if table.has("bars") else None,
+        msix=_msix(table.table("msix")) if table.has("msix") else None,
+        rom=_power_of_two(table, "rom", minimum=2048) if table.has("rom") else 0,
         subsystem_vendor=table.optional("subsystem_vendor", maximum=0xFFFF),
         subsystem_device=table.optional("subsystem_device", maximum=0xFFFF),
         revision=table.optional("revision", maximum=0xFF),
@@ -444,8 +486,60 @@ def _device(table: Table, domain: int, on_bus: bool) -> Device:
     )
     if device.secondary_bus is not None and device.device_class >> 16 != _BRIDGE:
         raise table.error("secondary_bus", f"a device of class {device.device_class:#08x} is no bridge")
+    if device.bars is not None and device.msix and device.msix.vectors:
+        table_end = device.msix.table + 16 * device.msix.vectors
+        if not any(bar.index == device.msix.bar and not bar.io and bar.size >= table_end for bar in device.bars):
+            raise table.error(
+                "msix", f"BAR {device.msix.bar} is no memory of {table_end:#x} bytes, where the table ends"
+            )
     table.end()
     return device
+
+
+def _bars(device: Table) -> tuple[Bar, ...]:
+    bars = []
+    taken: set[int] = set()
+    for table in device.tables("bars", empty=True):
+        bar = Bar(
+            index=table.integer("bar", maximum=5),
+            size=_power_of_two(table, "size", minimum=4),
+            io=table.boolean("io") if table.has("io") else False,
+            bits64=table.boolean("bits64") if table.has("bits64") else False,
+            prefetchable=table.boolean("prefetchable") if table.has("prefetchable") else False,
+        )
+        indexes = {bar.index, bar.index + 1} if bar.bits64 else {bar.index}
+        if indexes & taken or max(indexes) > 5:
+            raise table.error("bar", f"BAR {max(indexes)} is used twice, or there is none (a 64-bit BAR takes two)")
+        if bar.io and (bar.bits64 or bar.prefetchable):
+            raise table.error("io", "I/O ports are neither 64-bit nor prefetchable")
+        taken |= indexes
+        table.end()
+        bars.append(bar)
+    return tuple(bars)
+
+
+def _msix(table: Table) -> Msix:
+    vectors = table.integer("vectors", maximum=2048)
+    msix = Msix(vectors)
+    if vectors:
+        msix = Msix(
+            vectors,
+            bar=table.integer("bar", maximum=5),
+            table=table.integer("table", maximum=0xFFFF_FFF8),
+            pba=table.integer("pba", maximum=0xFFFF_FFF8),
+        )
+    for key, offset in (("table", msix.table), ("pba", msix.pba)):
+        if offset % 8:
+            raise table.error(key, f"{offset:#x} is not a multiple of 8")
+    table.end()
+    return msix
+
+
+def _power_of_two(table: Table, key: str, minimum: int) -> int:
+    size = table.integer(key, minimum)
+    if size.bit_count() != 1:
+        raise table.error(key, f"{size:#x} is not a power of two")
+    return size
 
 
 def _interface(table: Table) -> Interface:

@@ -115,9 +115,10 @@ class Table:
         """Like `tables`, but none where the key is absent."""
         return self.tables(key) if self.has(key) else []
 
-    def tables(self, key: str) -> list[Table]:
+    def tables(self, key: str, empty: bool = False) -> list[Table]:
+        """The tables of a list, which may have none if `empty` says so."""
         found = self._take(key, list, "a list of tables")
-        if not found or not all(isinstance(value, dict) for value in found):
+        if not (found or empty) or not all(isinstance(value, dict) for value in found):
             raise self.error(key, "must be a list of one or more tables")
         return [Table(value, (*self._path, key, i), self._origin) for i, value in enumerate(found)]
 

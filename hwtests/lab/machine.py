@@ -217,8 +217,12 @@ def _prepared(
             drives[address] = directory / f"drive-{address}"
             with drives[address].open("wb") as stream:
                 stream.truncate(size)
+        roms = {}
+        for address, content in qemu.roms_of(machine).items():
+            roms[address] = directory / f"rom-{address}"
+            roms[address].write_bytes(content)
         append = f"{target.append} {options.append}".strip()
-        arguments = qemu.arguments(machine, kernel.vmlinux, initrd, drives, append, options.memory, serial)
+        arguments = qemu.arguments(machine, kernel.vmlinux, initrd, drives, append, options.memory, serial, roms)
         yield [program, *arguments], directory
 
 

@@ -1,10 +1,11 @@
 """The arguments of QEMU, made from a topology."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from hwtests.lab.errors import LabError
+from vfio import topology
 from vfio.topology import Device, Phb, Topology
 
 PROGRAM = "qemu-system-ppc64"
@@ -31,9 +32,10 @@ def arguments(
     append: str = "",
     memory: int = 0,
     serial: str = "stdio",
+    roms: Mapping[str, Path] | None = None,
 ) -> list[str]:
-    """Everything after the program's name. `drives` has a file for every device of `drives_of`; `memory` (bytes)
-    replaces the topology's."""
+    """Everything after the program's name. `drives` has a file for every device of `drives_of`, `roms` one for every
+    device of `roms_of`; `memory` (bytes) replaces the topology's."""
     qemu = machine.machine
     if qemu is None:
         raise LabError(f"the topology {machine.name} has no [machine] table, so QEMU cannot be asked for it")
@@ -42,7 +44,7 @@ def arguments(
     for device in qemu.devices:
         words += ["-device", device]
     for phb in machine.phbs:
-        words += _phb(phb, drives)
+        words += _phb(phb, drives, roms or {})
     words += ["-kernel", str(vmlinux), "-initrd", str(initrd), "-append", f"{_APPEND} {append}".strip()]
     return words
 
@@ -52,7 +54,12 @@ def drives_of(machine: Topology) -> dict[str, int]:
     return {device.address: device.drive for device in machine.devices if device.drive}
 
 
-def _phb(phb: Phb, drives: dict[str, Path]) -> Iterator[str]:
+def roms_of(machine: Topology) -> dict[str, bytes]:
+    """The addresses of the devices that have an expansion ROM, and what is in it."""
+    return {device.address: topology.option_rom(device.rom) for device in machine.devices if device.rom}
+
+
+def _phb(phb: Phb, drives: dict[str, Path], roms: Mapping[str, Path]) -> Iterator[str]:
     if phb.root_port:
         yield from ("-device", f"pnv-phb,chip-id=0,index={phb.index},id=phb{phb.index}")
         yield from ("-device", f"{phb.root_port.model},bus=phb{phb.index},id=port{phb.index}")
@@ -63,15 +70,17 @@ def _phb(phb: Phb, drives: dict[str, Path]) -> Iterator[str]:
         yield from ("-device", f"spapr-pci-host-bridge,index={phb.index},id=phb{phb.index}")
         bus = f"phb{phb.index}.0"
     for device in phb.devices:
-        yield from _device(device, bus, drives)
+        yield from _device(device, bus, drives, roms)
 
 
-def _device(device: Device, bus: str, drives: dict[str, Path]) -> Iterator[str]:
+def _device(device: Device, bus: str, drives: dict[str, Path], roms: Mapping[str, Path]) -> Iterator[str]:
     words = [device.model, f"bus={bus}", f"addr={device.slot}"]
     if device.drive:
         name = "drive" + "".join(c for c in device.address if c.isalnum())
         yield from ("-drive", f"if=none,id={name},format=raw,file={_escaped(str(drives[device.address]))}")
         words.append(f"drive={name}")
+    if device.rom:
+        words.append(f"romfile={_escaped(str(roms[device.address]))}")
     words += [f"{key}={value}" for key, value in device.properties]
     yield from ("-device", ",".join(words))
 

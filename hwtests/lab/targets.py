@@ -74,6 +74,7 @@ def _targets() -> dict[str, Target]:
         "pseries-64k": "default_hugepagesz=2M hugepagesz=2M hugepages=16",
     }
     machines = {"powernv8": "power8", "powernv9": "power9", "powernv10": "power10", "pseries": "pseries"}
+    machines["siblings"] = "siblings"  # a POWER8 whose first group has several functions
     found = {}
     for name, machine in machines.items():
         described = topology.load(machine).description

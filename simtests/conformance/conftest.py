@@ -14,6 +14,7 @@ from simtests.conformance.processes import another_process
 from simtests.conformance.raw import Member
 from vfio.backend import open_backend
 from vfio.fake.backend import FakeBackend
+from vfio.fake.fault import BusError, SegmentationFault
 from vfio.topology import Topology
 
 __all__ = ["another_process", "area", "other_program", "program", "v1", "v2"]  # fixtures, found here by name
@@ -26,6 +27,8 @@ _TARGETS = {
     "power8?kernel=7.2": "powernv8",
 }
 """Presets of the fake, and which target of the lab each is like."""
+_FOR_SOME = {"siblings": "siblings"}
+"""Those for the cases that name them alone."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "needs_edu: drives QEMU's edu device",
         "leaks: leaves something held on purpose; the machine is not looked at afterwards",
         "not_recorded(reason): does what no transcript can hold",
+        "spoils: leaves the machine changed until it boots again",
     ):
         config.addinivalue_line("markers", mark)
 
@@ -54,7 +58,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "target" in metafunc.fixturenames:
         marks = [set(mark.args) for mark in metafunc.definition.iter_markers("targets")]
-        chosen = [preset for preset, like in _TARGETS.items() if all(like in names for names in marks)]
+        presets = _TARGETS | _FOR_SOME if marks else _TARGETS
+        chosen = [preset for preset, like in presets.items() if all(like in names for names in marks)]
         metafunc.parametrize("target", chosen, indirect=True, ids=[f"fake:{preset}" for preset in chosen])
 
 
@@ -64,7 +69,7 @@ def target(request: pytest.FixtureRequest) -> FakeTarget:
     url = f"fake:{request.param}"
     machine = _open(url).machine
     return FakeTarget(
-        _TARGETS[request.param],
+        (_TARGETS | _FOR_SOME)[request.param],
         url,
         machine.page_size,
         machine.topology.platform.name,
@@ -141,6 +146,30 @@ def load_driver(backend: FakeBackend) -> Iterator[Callable[[str], None]]:
 
 
 @pytest.fixture
+def iommu_module(backend: FakeBackend) -> Iterator[IommuModule]:
+    """The module with VFIO's IOMMU driver; loaded again afterwards."""
+    module = IommuModule(backend)
+    yield module
+    module.load()
+
+
+@pytest.fixture
+def killed_by() -> Callable[[Callable[[], object]], str | None]:
+    """Which signal a call that touches a mapping kills its process by; None: by none."""
+
+    def touch(call: Callable[[], object]) -> str | None:
+        try:
+            call()
+        except BusError:
+            return "SIGBUS"
+        except SegmentationFault:
+            return "SIGSEGV"
+        return None
+
+    return touch
+
+
+@pytest.fixture
 def device(backend: FakeBackend, bound_address: str) -> Iterator[vfio.Device]:
     """The device to work with, open."""
     with vfio.open_device(bound_address, backend) as device:
@@ -151,6 +180,24 @@ def device(backend: FakeBackend, bound_address: str) -> Iterator[vfio.Device]:
 def edu_driver(device: vfio.Device) -> vfio.drivers.edu.Edu:
     """The driver of an edu, on `device`."""
     return vfio.drivers.edu.Edu(device)
+
+
+class IommuModule:
+    """modprobe of the module with VFIO's IOMMU driver."""
+
+    def __init__(self, backend: FakeBackend) -> None:
+        self._core = backend.machine.vfio
+        self._drivers = list(self._core.iommu_drivers)
+
+    def unload(self) -> str | None:
+        """None, or the errno: EAGAIN while a container uses it."""
+        if any(container.iommu for container in self._core.containers):
+            return "EAGAIN"
+        self._core.iommu_drivers.clear()
+        return None
+
+    def load(self) -> None:
+        self._core.iommu_drivers[:] = self._drivers
 
 
 def second_address(topology: Topology, group: int) -> str:

@@ -53,6 +53,7 @@ def area(backend: Backend) -> Iterator[Callable[..., Area]]:
 def other_program(another_process: Callable[..., Any]) -> Callable[..., Program]:
     """Starts other processes that make raw calls; they exit when the case ends.
 
-    Options: `uid`, `memlock` (RLIMIT_MEMLOCK, bytes), `ipc_lock` (CAP_IPC_LOCK; None: as root has it).
+    Options: `uid`, `groups` (in which it is; None: the user's own alone), `memlock` (RLIMIT_MEMLOCK, bytes), `ipc_lock`
+    (CAP_IPC_LOCK; None: as root has it).
     """
     return lambda **options: Program(another_process(**options))

@@ -27,7 +27,8 @@ class OtherProcess(FakeBackend):
 
 @pytest.fixture
 def another_process(backend: FakeBackend) -> Iterator[Callable[..., OtherProcess]]:
-    """Starts another process: `uid`, `memlock` (RLIMIT_MEMLOCK, bytes), `ipc_lock` (CAP_IPC_LOCK)."""
+    """Starts another process: `uid`, `groups` (in which it is; None: the user's own alone), `memlock` (RLIMIT_MEMLOCK,
+    bytes), `ipc_lock` (CAP_IPC_LOCK)."""
     started: list[OtherProcess] = []
 
     def start(**options: object) -> OtherProcess:

@@ -73,6 +73,31 @@ def test_larger_argsz_is_accepted_and_what_is_behind_the_struct_is_left_alone(pr
         assert data[4:8] != b"\xa5" * 4
 
 
+VALID = {
+    "VFIO_IOMMU_MAP_DMA": uapi.vfio_iommu_type1_dma_map(flags=3, iova=0x100000, size=0),
+    "VFIO_IOMMU_UNMAP_DMA": uapi.vfio_iommu_type1_dma_unmap(iova=0x100000, size=4096),
+    "VFIO_IOMMU_SPAPR_REGISTER_MEMORY": uapi.vfio_iommu_spapr_register_memory(),
+    "VFIO_IOMMU_SPAPR_UNREGISTER_MEMORY": uapi.vfio_iommu_spapr_register_memory(),
+    "VFIO_IOMMU_SPAPR_TCE_CREATE": uapi.vfio_iommu_spapr_tce_create(page_shift=12, window_size=1 << 30, levels=1),
+    "VFIO_IOMMU_SPAPR_TCE_REMOVE": uapi.vfio_iommu_spapr_tce_remove(start_addr=1 << 59),
+}
+"""Arguments that are good, but for memory; CREATE comes before REMOVE."""
+
+
+def test_larger_argsz_is_accepted_by_every_request_and_nothing_behind_its_struct_is_touched(program, enabled, area):
+    memory = program.memory(program.page)
+    torn = area(2)
+    torn.hole(1)
+    for name, struct in VALID.items():
+        minsz = STRUCTS[name]
+        if "REGISTER" in name:
+            struct.vaddr, struct.size = memory.address, memory.length
+        start = program.page - minsz
+        torn.write(start, (0xFFFF_FFFF).to_bytes(4, "little") + bytes(uapi.buffer(struct))[4:minsz])
+        assert call(enabled, name, torn.address + start) == 0, name
+        assert torn.read(start, 4) == b"\xff" * 4
+
+
 def test_huge_argsz_is_accepted_for_it_is_neither_read_nor_written_back(program, enabled, area):
     place = area(1)
     place.write(0, b"\xff" * 8)

@@ -114,6 +114,33 @@ def test_container_of_another_type_can_be_set_after_its_last_group_has_left(prog
         assert container.enable() == -errno.EINVAL
 
 
+@pytest.mark.lab_only
+@pytest.mark.not_recorded("the module goes and comes back")
+def test_without_the_iommu_module_nothing_is_an_extension_and_no_type_can_be_set(program, member, iommu_module):
+    container, group = program.container(), program.group(member)
+    assert group.set_container(container.fd) == 0
+    assert iommu_module.unload() is None
+    for number in (*range(13), 99):
+        assert container.extension(number) == 0
+    for number in (V1, V2, EEH, 1, 99):
+        assert container.set_iommu(number) == -errno.ENODEV
+    assert group.device(member.address) == -errno.EINVAL
+    iommu_module.load()
+    assert container.extension(V2) == 1
+    assert container.set_iommu(V2) == 0
+
+
+@pytest.mark.lab_only
+@pytest.mark.not_recorded("the module goes and comes back")
+def test_iommu_module_stays_while_a_container_uses_it(program, member, iommu_module):
+    container = program.attached(member, V2)
+    assert iommu_module.unload() == "EAGAIN"
+    assert container.info().argsz == 32
+    assert container.group.unset_container() == 0
+    assert iommu_module.unload() is None
+    assert container.extension(V2) == 0
+
+
 def test_containers_of_both_types_exist_side_by_side(program, member):
     first = program.attached(member, V1)
     assert program.container().set_iommu(V2) == -errno.EINVAL

@@ -62,6 +62,56 @@ def test_user_who_was_given_the_node_opens_it(program, other_program, member):
         program.backend.chown(member.node, 0, 0)
 
 
+@pytest.mark.parametrize(
+    ("mode", "uid", "gid", "groups", "opens"),
+    [
+        (0o660, 0, 2000, (1000, 2000), True),  # a member of its group
+        (0o660, 0, 2000, (2000,), True),
+        (0o660, 0, 2000, (1000,), False),
+        (0o600, 0, 2000, (2000,), False),
+        (0o640, 0, 2000, (2000,), False),  # reading is not enough
+        (0o666, 0, 0, (1000,), True),
+        (0o060, 1000, 2000, (2000,), False),  # the owner has the owner's bits, and no others
+        (0o606, 0, 2000, (1000, 2000), False),  # and a member of the group the group's
+        (0o600, 1000, 0, (2000,), True),
+        (0o600, 0, 1000, (1000,), False),
+    ],
+)
+def test_node_opens_for_whom_owner_group_and_mode_say(program, other_program, member, mode, uid, gid, groups, opens):
+    backend = program.backend
+    alice = other_program(uid=1000, groups=groups)
+    backend.chown(member.node, uid, gid)
+    backend.chmod(member.node, mode)
+    try:
+        fd = alice.open(member.node)
+        assert fd >= 0 if opens else fd == -errno.EACCES
+        if opens:
+            alice.close(fd)
+        program.group(member)  # root may, whatever they say
+    finally:
+        backend.chown(member.node, 0, 0)
+        backend.chmod(member.node, 0o600)
+
+
+def test_owner_of_a_node_gives_it_to_groups_of_theirs_and_sets_its_mode(program, other_program, member):
+    backend, alice = program.backend, other_program(uid=1000, groups=(1000, 2000)).backend
+    assert answer(alice.chown, member.node, -1, 1000) == answer(alice.chmod, member.node, 0o666) == -errno.EPERM
+    backend.chown(member.node, 1000, 0)
+    try:
+        for gid in (2000, 1000):
+            alice.chown(member.node, -1, gid)
+            assert backend.stat(member.node).gid == gid
+        alice.chmod(member.node, 0o660)
+        assert backend.stat(member.node).mode & 0o7777 == 0o660
+        for uid, gid in ((-1, 0), (0, -1), (1001, -1)):
+            assert answer(alice.chown, member.node, uid, gid) == -errno.EPERM
+        alice.chown(member.node, 1000, -1)
+        assert (backend.stat(member.node).uid, backend.stat(member.node).gid) == (1000, 1000)
+    finally:
+        backend.chown(member.node, 0, 0)
+        backend.chmod(member.node, 0o600)
+
+
 def test_containers_are_anybodys(program, other_program):
     assert program.backend.stat("/dev/vfio/vfio").mode & 0o7777 == 0o666
     alice = other_program(uid=1000)

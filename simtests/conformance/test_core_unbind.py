@@ -70,6 +70,29 @@ def test_old_file_of_a_group_stays_dead_and_the_new_node_opens(program, own):
     assert fresh.status() == 3
 
 
+def test_unbind_waits_for_a_mapping_too(program, other_program, own):
+    other, answers = other_program(), []  # a process that was forked later would have the mapping too
+    container = program.attached(own, V2)
+    device = container.group.device(own.address)
+    mapping = program.mmap(device, program.page, 0)
+    program.close(device)
+    worker = threading.Thread(target=lambda: answers.append(answer(unbind, other.backend, own.address)))
+    try:
+        worker.start()
+        while program.backend.exists(f"/sys/bus/pci/devices/{own.address}/driver"):
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert answers == []
+        mapping.load(0, 4)
+        mapping.close()
+        worker.join(20)
+    finally:
+        program.close_all()
+        worker.join(20)
+    assert answers == [None]
+    assert not program.backend.exists(own.node)
+
+
 def test_unbind_waits_for_the_device_and_asks_for_it(program, other_program, own):
     container = program.attached(own, V2)
     device = container.group.device(own.address)

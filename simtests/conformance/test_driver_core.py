@@ -269,6 +269,22 @@ def test_new_id_binds_the_device_at_once_and_remove_id_leaves_it(backend, addres
     assert sysfs.driver_of(backend, address) is None
 
 
+def test_new_id_binds_every_free_device_that_matches(backend, target):
+    """vfio-pci takes all edus at once, but for the one that another override keeps."""
+    edus = [device for device in target.topology.devices if device.model == "edu"]
+    ids = f"{edus[0].vendor:04x} {edus[0].device:04x}"
+    override(backend, edus[0].address, "no-such-driver")
+    try:
+        assert write(backend, f"{VFIO_PCI}/new_id", ids) is None
+        found = {device.address: sysfs.driver_of(backend, device.address) for device in edus}
+        assert found == {device.address: "vfio-pci" if device is not edus[0] else None for device in edus}
+    finally:
+        override(backend, edus[0].address, "")
+        write(backend, f"{VFIO_PCI}/remove_id", ids)
+        for device in edus[1:]:
+            write(backend, f"{VFIO_PCI}/unbind", device.address)
+
+
 def test_id_that_is_known_already_is_eexist(backend, address, ids):
     assert write(backend, f"{VFIO_PCI}/new_id", ids) is None
     assert write(backend, f"{VFIO_PCI}/new_id", ids) == "EEXIST"
@@ -452,6 +468,31 @@ def test_removed_device_is_gone_and_a_rescan_brings_it_back(backend, address):
         assert backend.read_text(override_of(address)) == "(null)\n"
         assert sysfs.driver_of(backend, address) is None
         assert group_number(backend, address) == number
+
+
+def kept(backend: Backend, address: str) -> bool:
+    """Whether the test device, which cannot be reset by itself, knows after a close which test was selected before it."""
+    with opened(backend, address) as device:
+        assert device.read(0, 0, 16) == bytes(16)
+        assert device.write(0, 0, b"\0") == 1  # select the first test
+        selected = device.read(0, 0, 16)
+        assert selected != bytes(16)
+    with opened(backend, address) as device:
+        found = device.read(0, 0, 16)
+        assert device.write(0, 0, b"\xff") == 1  # select none
+        return found == selected
+
+
+@BARE_METAL
+def test_last_close_resets_the_bus_if_vfio_has_all_of_it(backend, address, neighbour):
+    with on_vfio(backend, address):
+        assert not kept(backend, address)
+
+
+@BARE_METAL
+def test_last_close_cannot_reset_a_bus_with_a_device_that_is_not_on_vfio(backend, address):
+    with on_vfio(backend, address):
+        assert kept(backend, address)
 
 
 def test_type_of_a_group_in_use_cannot_be_changed(backend, neighbour):

@@ -78,6 +78,45 @@ def test_injection_of_an_unknown_function_raises_einval_and_of_an_unknown_type_e
         assert inject(v2, type_=type_) == -errno.ERANGE
 
 
+POWER8 = ("powernv8", "powernv8-64k", "siblings", "siblings-64k")
+MEMORY, IO, CONFIG, DMA = (0, 1, 6, 7), (2, 3, 8, 9), (4, 5, 10, 11), range(12, 20)
+
+
+@pytest.mark.targets(*POWER8)
+@both_versions
+def test_phb3_injects_into_memory_and_configuration_space_and_into_windows_that_there_are(program, member, iommu):
+    container = program.attached(member, iommu)
+    for type_ in (0, 1):
+        for func in (*MEMORY, *CONFIG):
+            assert inject(container, type_=type_, func=func) == 0
+        for func in (*IO, *DMA):
+            assert inject(container, type_=type_, func=func) == -errno.EIO
+    assert container.eeh(GET_STATE) == 0
+
+
+@pytest.mark.targets(*POWER8)
+def test_phb3_injects_into_the_dma_of_each_window_by_its_type(program, v2):
+    assert v2.create(12, 1 << 30) == 1 << 59  # with which the default window is made
+    for type_ in (0, 1):
+        for func in DMA:
+            assert inject(v2, type_=type_, func=func) == 0
+    assert v2.remove(0) == 0
+    for func in DMA:
+        assert inject(v2, type_=0, func=func) == -errno.EIO
+        assert inject(v2, type_=1, func=func) == 0
+    assert v2.eeh(GET_STATE) == 0
+
+
+@pytest.mark.targets("powernv9", "powernv9-64k", "powernv10", "powernv10-64k")
+@both_versions
+def test_phb4_injects_into_configuration_space_only(program, member, iommu):
+    container = program.attached(member, iommu)
+    for type_ in (0, 1):
+        for func in range(20):
+            assert inject(container, type_=type_, func=func) == (0 if func in CONFIG else -errno.EIO)
+    assert container.eeh(GET_STATE) == 0
+
+
 @pytest.mark.targets("pseries", "pseries-64k")
 @pytest.mark.parametrize("op", [*range(11), 99])
 def test_guest_without_eeh_raises_enodev_before_the_argument_is_looked_at(v2, op):

@@ -2,7 +2,7 @@
 
 import errno
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
@@ -321,8 +321,12 @@ def test_group_does_not_leave_while_a_mapper_is_in_use(backend, two_edus):
 
 @POWERNV
 def test_registration_through_one_container_serves_another(backend, two_edus, buffer):
-    first, second = two_edus
-    with vfio.open_device(first, backend) as one, vfio.open_device(second, backend) as two:
+    one, two = (vfio.Container(backend) for _ in range(2))
+    with ExitStack() as stack:  # of what is open; devices, which take seconds, need not be
+        for container, address in zip((one, two), two_edus, strict=True):
+            stack.enter_context(container)
+            container.attach(stack.enter_context(vfio.Group(sysfs.group_of(backend, address), backend)))
+            container.set_iommu(vfio.SpaprTceV2)
         with two.iommu.register(vfio.DmaBuffer(1 << 16, backend=backend)):  # which enables the second container
             registration = one.iommu.register(buffer)
             with two.iommu.windows[0].map(buffer), pytest.raises(errors.StillMapped):

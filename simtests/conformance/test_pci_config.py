@@ -22,11 +22,13 @@ from simtests.conformance.pci_calls import (
     on_vfio,
     opened,
 )
+from vfio import sysfs
 
 BAR0, CAPABILITY_POINTER, INTERRUPT_LINE = 0x10, 0x34, 0x3C
-PM, MSI, EXPRESS, MSIX = 0x01, 0x05, 0x10, 0x11
+PM, MSI, VENDOR, EXPRESS, MSIX = 0x01, 0x05, 0x09, 0x10, 0x11
 
 pytestmark = pytest.mark.lab_only  # what these devices are is known
+SIBLINGS = pytest.mark.targets("siblings", "siblings-64k")
 
 
 @pytest.fixture
@@ -108,6 +110,24 @@ NETWORK_CARD = [
     Run(0x119, 0x119, 0x00, 0x01),
     Run(0x14C, 0xFFF, 0x00, 0xFF),
 ]
+VIRTIO = [
+    Run(0x04, 0x04, 0x00, 0x07),
+    Run(0x05, 0x05, 0x00, 0x05),
+    Run(0x0C, 0x0C, 0x00, 0xFF),
+    Run(0x15, 0x15, 0x00, 0xF0),  # BAR 1: 4 KiB
+    Run(0x16, 0x17, 0x00, 0xFF),
+    Run(0x21, 0x21, 0x00, 0xC0),  # BAR 4 and 5: 16 KiB, 64 bits, prefetchable
+    Run(0x22, 0x27, 0x00, 0xFF),
+    Run(0x3C, 0x3C, 0x00, 0xFF),
+    Run(0x48, 0x48, 0x00, 0xEF),  # device control: error enables and payload size
+    Run(0x49, 0x49, 0x00, 0x70),
+    Run(0x69, 0x69, 0x00, 0x80),
+    Run(0x80, 0x80, 0x00, 0x03),  # power state
+    Run(0xCC, 0xCC, 0x00, 0xFF),  # a capability of the vendor's: what its hardware lets anybody write
+    Run(0xD0, 0xDB, 0x00, 0xFF),
+    Run(0xE8, 0xFF, 0x00, 0xFF),
+    Run(0x104, 0xFFF, 0x00, 0xFF),
+]
 POWER_STATE = (0x64, 0xCC)
 """Where disk and network card have their power state, which has cases of its own."""
 
@@ -151,6 +171,51 @@ def test_every_byte_of_an_edu_keeps_what_it_should(edu):
 def test_every_byte_of_an_express_device_keeps_what_it_should(endpoint):
     table = NETWORK_CARD if endpoint.config(0, 2) == 0x8086 else DISK
     assert differences(measured(endpoint), table, POWER_STATE) == {}
+
+
+@pytest.fixture
+def virtio(backend, target) -> Iterator[RawDevice]:
+    """A device with capabilities of its vendor's, which virtio-pci has otherwise."""
+    address = next(device.address for device in target.topology.devices if device.driver == "virtio-pci")
+    driver = sysfs.path(address, "driver")
+    backend.write_text(f"{driver}/unbind", address)
+    try:
+        with on_vfio(backend, address), opened(backend, address) as device:
+            yield device
+    finally:
+        backend.write_text("/sys/bus/pci/drivers_probe", address)
+
+
+@SIBLINGS
+@pytest.mark.not_recorded("20,000 calls")
+def test_every_byte_of_a_device_with_capabilities_of_its_vendor_keeps_what_it_should(virtio):
+    assert differences(measured(virtio), VIRTIO) == {}
+
+
+@SIBLINGS
+def test_capability_of_the_vendor_is_read_as_it_is(virtio):
+    """VIRTIO 1.1, 4.1.4: kind of structure, BAR, offset in it, length."""
+    assert virtio.capabilities() == [
+        (0xDC, MSIX),
+        *((at, VENDOR) for at in (0xC8, 0xB4, 0xA4, 0x94, 0x84)),
+        (0x7C, PM),
+        (0x40, EXPRESS),
+    ]
+    assert virtio.read(CONFIG, 0x84, 16) == bytes.fromhex("09 7c 10 01 04000000 00000000 00100000")
+    assert virtio.read(CONFIG, 0xB4, 20) == bytes.fromhex("09 a4 14 02 04000000 00300000 00100000 04000000")
+    for at in range(0x84, 0x94, 4):
+        before = virtio.config(at, 4)
+        virtio.set_config(at, 4, 0xFFFFFFFF)  # which its hardware does not take
+        assert virtio.config(at, 4) == before
+
+
+@SIBLINGS
+def test_prefetchable_bar_keeps_its_type_bits(virtio):
+    virtio.set_config(0x20, 4, 0xFFFFFFFF)
+    virtio.set_config(0x24, 4, 0xFFFFFFFF)
+    assert (virtio.config(0x20, 4), virtio.config(0x24, 4)) == (0xFFFFC00C, 0xFFFFFFFF)
+    assert [virtio.region(index).size for index in range(6)] == [0, 0x1000, 0, 0, 0x4000, 0]
+    assert virtio.region(4).flags == 7
 
 
 # --- The header ---

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from simtests.conformance.pci_calls import NOWHERE, RawDevice, endpoint_address, on_vfio, opened
+from simtests.conformance.raw import other_directions
 from vfio import uapi
 
 INFO = uapi.VFIO_DEVICE_GET_INFO
@@ -210,6 +211,12 @@ def test_request_that_a_device_does_not_know_is_enotty(edu, number):
 
 def test_request_in_the_encoding_of_another_machine_is_enotty(edu):
     assert edu.ioctl(INFO ^ 0x20000000, uapi.vfio_device_info()) == "ENOTTY"
+
+
+def test_request_with_a_direction_is_enotty(edu):
+    for request in (INFO, REGION_INFO, IRQ_INFO, uapi.VFIO_DEVICE_RESET):
+        for number in other_directions(request):
+            assert edu.ioctl(number, bytearray(64)) == "ENOTTY"
 
 
 def msix_bar(device: RawDevice) -> int:

@@ -21,8 +21,9 @@ from simtests.conformance.pci_calls import (
     opened,
     outcome,
 )
-from vfio import sysfs
+from vfio import sysfs, uapi
 from vfio.backend import Mapping
+from vfio.topology import option_rom
 
 BAR_SIZE = 1 << 20
 LIVENESS = EduRegisters.LIVENESS
@@ -185,6 +186,66 @@ def test_configuration_space_reads_the_same_in_pieces_of_any_size(edu, offset, c
     assert edu.read(CONFIG, offset, count) == whole
 
 
+# --- The expansion ROM of the second function of `siblings` ---
+
+SIBLINGS = pytest.mark.targets("siblings", "siblings-64k")
+ROM, ROM_BAR = 6, 0x30
+
+
+@pytest.fixture
+def with_rom(backend, target) -> Iterator[tuple[RawDevice, bytes]]:
+    """A device with an expansion ROM, and what is in that."""
+    found = next(device for device in target.topology.devices if device.rom)
+    with on_vfio(backend, found.address), opened(backend, found.address) as device:
+        yield device, option_rom(found.rom)
+
+
+@SIBLINGS
+def test_rom_region_has_the_size_of_the_bar_and_is_read_only(with_rom):
+    device, _ = with_rom
+    region = device.region(ROM)
+    assert (region.size, region.flags) == (0x800, 1)
+
+
+@SIBLINGS
+def test_rom_reads_its_image_and_ones_behind_it(with_rom):
+    device, image = with_rom
+    assert len(image) == 0x600
+    assert device.read(ROM, 0, 0x800) == image + b"\xff" * 0x200
+    assert device.read(ROM, 1, 7) == image[1:8]
+    assert device.read(ROM, 0x5FE, 4) == image[-2:] + b"\xff\xff"
+    assert device.read(ROM, 0x7FC, 8) == b"\xff" * 4
+    assert device.read(ROM, 0x800, 1) == "EINVAL"
+
+
+@SIBLINGS
+def test_rom_cannot_be_written_or_mapped(backend, with_rom):
+    device, _ = with_rom
+    for offset in (0, 0x7FF, 0x800):
+        assert device.write(ROM, offset, b"\0") == "EINVAL"
+    assert mapped(device, ROM, backend.page_size) == "EINVAL"
+
+
+@SIBLINGS
+def test_rom_without_memory_decode_is_enomem(with_rom):
+    device, image = with_rom
+    command = device.config(COMMAND, 2)
+    device.set_config(COMMAND, 2, command & ~MEMORY)
+    assert device.read(ROM, 0, 4) == "ENOMEM"
+    device.set_config(COMMAND, 2, command)
+    assert device.read(ROM, 0, 4) == image[:4]
+
+
+@SIBLINGS
+def test_rom_bar_starts_as_0_and_keeps_its_size_mask_and_the_enable_bit(with_rom):
+    device, image = with_rom
+    assert device.config(ROM_BAR, 4) == 0
+    for written, kept in ((0xFFFFFFFF, 0xFFFFF801), (0xFFFFF800, 0xFFFFF800), (0x12345679, 0x12345001), (1, 1), (0, 0)):
+        device.set_config(ROM_BAR, 4, written)
+        assert device.config(ROM_BAR, 4) == kept
+    assert device.read(ROM, 0, 4) == image[:4]  # wherever the user puts it
+
+
 # --- Mapping ---
 
 
@@ -242,6 +303,62 @@ def test_mapping_works_again_when_memory_decode_is_back(backend, edu, registers)
         assert mapped(edu, 0, backend.page_size) is None  # it may be made, not touched
         edu.set_config(COMMAND, 2, command)
         assert mapping.load(LIVENESS, 4) == 0
+    finally:
+        mapping.close()
+
+
+@pytest.mark.not_recorded("a signal is no answer")
+def test_touching_a_mapping_without_memory_decode_is_sigbus(backend, edu, killed_by):
+    mapping = backend.mmap(edu.fd, backend.page_size, 0, PROT_READ | PROT_WRITE)
+    try:
+        assert killed_by(lambda: mapping.load(LIVENESS, 4)) is None
+        command = edu.config(COMMAND, 2)
+        edu.set_config(COMMAND, 2, command & ~MEMORY)
+        assert killed_by(lambda: mapping.load(LIVENESS, 4)) == "SIGBUS"
+        assert killed_by(lambda: mapping.store(LIVENESS, 4, 0)) == "SIGBUS"
+        edu.set_config(COMMAND, 2, command)
+        assert killed_by(lambda: mapping.load(LIVENESS, 4)) is None
+    finally:
+        mapping.close()
+
+
+@pytest.mark.not_recorded("a signal is no answer")
+def test_mapping_made_without_memory_decode_is_sigbus_until_it_is_on(backend, edu, killed_by):
+    command = edu.config(COMMAND, 2)
+    edu.set_config(COMMAND, 2, command & ~MEMORY)
+    mapping = backend.mmap(edu.fd, backend.page_size, 0, PROT_READ)
+    try:
+        assert killed_by(lambda: mapping.load(LIVENESS, 4)) == "SIGBUS"
+        edu.set_config(COMMAND, 2, command)
+        assert killed_by(lambda: mapping.load(LIVENESS, 4)) is None
+    finally:
+        mapping.close()
+
+
+@pytest.mark.not_recorded("a signal is no answer")
+def test_touching_a_mapping_in_low_power_is_sigbus(backend, endpoint, killed_by):
+    mapping = backend.mmap(endpoint.fd, min(backend.page_size, 0x4000), 0, PROT_READ)
+    try:
+        assert killed_by(lambda: mapping.load(0, 4)) is None
+        entry, leave = (uapi.VFIO_DEVICE_FEATURE_SET | number for number in (3, 5))
+        assert endpoint.ioctl(uapi.VFIO_DEVICE_FEATURE, uapi.vfio_device_feature(flags=entry)) == 0
+        assert killed_by(lambda: mapping.load(0, 4)) == "SIGBUS"
+        assert endpoint.ioctl(uapi.VFIO_DEVICE_FEATURE, uapi.vfio_device_feature(flags=leave)) == 0
+        assert killed_by(lambda: mapping.load(0, 4)) is None
+    finally:
+        mapping.close()
+
+
+@pytest.mark.targets("powernv8", "powernv8-64k", "pseries", "pseries-64k")  # POWER9's firmware allows no D3hot
+@pytest.mark.not_recorded("a signal is no answer")
+def test_touching_a_mapping_in_d3hot_is_sigbus(backend, endpoint, killed_by):
+    mapping = backend.mmap(endpoint.fd, min(backend.page_size, 0x4000), 0, PROT_READ)
+    control = endpoint.capability(0x01) + 4
+    try:
+        endpoint.set_config(control, 2, endpoint.config(control, 2) | 3)
+        assert killed_by(lambda: mapping.load(0, 4)) == "SIGBUS"
+        endpoint.set_config(control, 2, endpoint.config(control, 2) & ~3)
+        assert killed_by(lambda: mapping.load(0, 4)) is None
     finally:
         mapping.close()
 

@@ -124,6 +124,21 @@ def test_interrupts_stay_on_through_a_reset(endpoint):
         assert signals(fd) == 1
 
 
+@BARE_METAL
+def test_device_whose_reset_methods_the_host_took_away_cannot_be_reset(backend, target):
+    disk = endpoint_address(target)
+    method = sysfs.path(disk, "reset_method")
+    backend.write_text(method, "\n")
+    try:
+        with on_vfio(backend, disk), opened(backend, disk) as device:
+            info = uapi.vfio_device_info()
+            assert device.ioctl(uapi.VFIO_DEVICE_GET_INFO, info) == 0
+            assert info.flags == uapi.VFIO_DEVICE_FLAGS_PCI
+            assert device.ioctl(RESET) == "EINVAL"
+    finally:
+        backend.write_text(method, "default")
+
+
 # --- VFIO_DEVICE_GET_PCI_HOT_RESET_INFO ---
 
 
@@ -238,8 +253,27 @@ def test_neighbour_on_vfio_too_makes_a_hot_reset_possible(backend, edu):
     with on_vfio(backend, edu.address[:-1] + "1"):
         registers = EduRegisters(edu)
         registers[registers.LIVENESS] = 0
-        assert edu.ioctl(HOT_RESET, hot_reset(edu.group)) == 0
+        assert edu.ioctl(HOT_RESET, hot_reset(edu.group, edu.group)) == 0  # the same group twice is no error
         assert registers[registers.LIVENESS] == 0xFFFFFFFF  # QEMU's edu has nothing that a reset would change
+
+
+@BARE_METAL
+def test_hot_reset_takes_a_group_that_is_not_needed(backend, edu, target):
+    with on_vfio(backend, edu.address[:-1] + "1"), on_vfio(backend, endpoint_address(target)) as address:
+        other = backend.open(sysfs.node(group_number(backend, address)), os.O_RDWR)
+        assert edu.ioctl(HOT_RESET, hot_reset(other, edu.group)) == 0
+        backend.close(other)
+
+
+@pytest.mark.targets("siblings", "siblings-64k")
+def test_bridge_among_its_siblings_is_told_of_and_keeps_them_from_a_hot_reset(backend, edu, target):
+    siblings = [device for device in target.topology.devices if device.address[:-1] == edu.address[:-1]]
+    argument = hot_reset_info(12 + 8 * len(siblings))
+    assert edu.ioctl(HOT_RESET_INFO, argument) == 0
+    number = group_number(backend, edu.address)
+    assert members(argument) == [(number, device.address) for device in siblings]
+    with on_vfio(backend, siblings[1].address), on_vfio(backend, siblings[2].address):
+        assert edu.ioctl(HOT_RESET, hot_reset(edu.group)) == "EINVAL"
 
 
 # --- A device that is alone on its bus ---

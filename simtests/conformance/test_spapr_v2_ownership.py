@@ -1,6 +1,7 @@
 """sPAPR TCE: a container belongs to the address space that used it first."""
 
 import errno
+import threading
 
 import pytest
 
@@ -87,6 +88,24 @@ def test_process_that_was_handed_the_files_can_be_the_owner(program, v2, shared)
     assert belongs_to_another(v2)
     assert theirs.unmap(IOVA, memory.length) == 0
     assert theirs.unregister(memory.address, memory.length) == 0
+
+
+def test_threads_of_the_owner_are_the_owner(program, v2, shared):
+    memory = program.memory(4 * program.page)
+    answers = []
+
+    def in_a_thread(call, *arguments):
+        worker = threading.Thread(target=lambda: answers.append(call(*arguments)))
+        worker.start()
+        worker.join()
+
+    _, theirs = shared()
+    in_a_thread(v2.register, memory.address, memory.length)
+    assert v2.map(memory.address, IOVA, memory.length) == 0
+    in_a_thread(v2.unmap, IOVA, memory.length)
+    in_a_thread(v2.unregister, memory.address, memory.length)
+    assert answers == [0, 0, 0]
+    assert belongs_to_another(theirs)
 
 
 def test_calls_of_the_core_are_everybodys(v2, shared, member):

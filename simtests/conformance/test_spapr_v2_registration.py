@@ -6,6 +6,7 @@ import pytest
 
 from simtests.conformance import areas
 from simtests.conformance.raw import NOWHERE, V2
+from vfio import uapi
 
 IOVA = 0x100000
 
@@ -24,6 +25,13 @@ def test_register_charges_the_pages_and_unregister_gives_them_back(program, v2, 
         assert program.locked == memory.length
         assert v2.unregister(memory.address, memory.length) == 0
         assert program.locked == 0
+
+
+def test_registered_memory_is_locked_memory_and_not_pinned_memory(program, v2, memory):
+    """VmLck of /proc/PID/status counts it, VmPin does not."""
+    assert v2.register(memory.address, memory.length) == 0
+    status = dict(line.split(":", 1) for line in program.backend.read_text("/proc/self/status").splitlines())
+    assert (status["VmLck"].split(), status["VmPin"].split()) == ([f"{memory.length >> 10}", "kB"], ["0", "kB"])
 
 
 def test_register_enables_the_container_and_a_failed_one_does_not(program, v2, memory):
@@ -220,6 +228,7 @@ def test_unregister_of_anything_but_an_exact_region_raises_enoent(program, v2, m
 def test_unregister_before_anything_was_registered_raises_eperm(program, v2, memory):
     assert v2.unregister(memory.address, memory.length) == -errno.EPERM
     assert v2.unregister(1, 1) == -errno.EPERM
+    assert v2.ioctl(uapi.VFIO_IOMMU_SPAPR_UNREGISTER_MEMORY, NOWHERE) == -errno.EPERM
     assert v2.register(memory.address, 0) == -errno.ENOMEM  # which makes this process the owner
     assert v2.unregister(memory.address, memory.length) == -errno.ENOENT
     assert v2.unregister(1, 1) == -errno.EINVAL

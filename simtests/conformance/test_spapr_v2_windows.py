@@ -5,8 +5,9 @@ import errno
 import pytest
 
 from simtests.conformance import areas
-from simtests.conformance.raw import NOWHERE, SECOND_WINDOW, V2
-from vfio import uapi
+from simtests.conformance.pci_calls import on_vfio
+from simtests.conformance.raw import NOWHERE, SECOND_WINDOW, V2, Member
+from vfio import sysfs, uapi
 
 POWERNV = pytest.mark.targets("powernv8", "powernv8-64k", "powernv9", "powernv9-64k")
 PSERIES = pytest.mark.targets("pseries", "pseries-64k")
@@ -357,3 +358,56 @@ def test_remove_of_one_window_leaves_the_other(program, v2, memory):
     assert v2.map(memory.address, start, 4096) == -errno.ENXIO
     assert v2.map(memory.address, IOVA, 4096) == 0
     assert v2.unmap(IOVA, 4096) == 0
+
+
+# --- a guest whose firmware will give no more windows ---
+
+
+@PSERIES
+@pytest.mark.spoils
+@pytest.mark.leaks
+def test_guest_that_its_firmware_refused_once_gets_no_window_until_it_boots_again(other_program, member):
+    other = other_program()
+    container, memory = other.attached(member, V2), other.memory(max(65536, other.page))
+    assert container.register(memory.address, memory.length) == 0
+    assert container.remove(0) == 0
+    assert container.create(16, 1 << 30) == SECOND_WINDOW
+    kept, cost = other.locked, (1 << 31) // 4096 * 8
+    assert container.create(12, 1 << 31) == -errno.ENODEV  # the firmware has only one such window
+    assert other.locked == kept + cost
+    assert container.unmap(SECOND_WINDOW, 65536) == 0  # what there is stays
+    assert container.remove(SECOND_WINDOW) == 0
+    kept = other.locked
+    for shift, size in ((16, 1 << 30), (12, 1 << 30)):
+        assert container.create(shift, size) == -errno.ENODEV
+        kept += size >> shift - 3
+        assert other.locked == kept
+    group = container.group
+    assert group.unset_container() == 0
+    assert group.set_container(container.fd) == 0
+    assert container.set_iommu(V2) == 0
+    assert container.register(memory.address, memory.length) == 0
+    kept = other.locked
+    for number in range(1, 3):
+        assert container.map(memory.address, IOVA, 4096) == -errno.ENODEV  # nor a default one
+        assert other.locked == kept + number * (2 << 20)
+
+
+@PSERIES
+@pytest.mark.spoils
+@pytest.mark.leaks
+@pytest.mark.not_recorded("a driver of the host's comes and goes")
+def test_device_that_a_driver_of_the_guest_has_used_gets_no_window_until_it_boots_again(
+    other_program, backend, target, load_driver
+):
+    card = next(device for device in target.topology.devices if device.model == "e1000e")
+    load_driver("e1000e")
+    assert sysfs.driver_of(backend, card.address) == "e1000e"
+    backend.write_text(sysfs.path(card.address, "driver/unbind"), card.address)
+    with on_vfio(backend, card.address):
+        other = other_program()
+        container, memory = other.attached(Member(card.address, card.group), V2), other.memory(max(65536, other.page))
+        assert container.register(memory.address, memory.length) == 0
+        assert container.map(memory.address, IOVA, 4096) == -errno.ENODEV
+        assert container.create(12, 1 << 30) == -errno.ENODEV
+        other.backend.exit()

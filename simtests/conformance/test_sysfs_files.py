@@ -5,12 +5,13 @@ Source: fs/kernfs/file.c, drivers/pci/pci-sysfs.c, drivers/base/bus.c and lib/ks
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Iterator
 
 import pytest
 
-from simtests.conformance.pci_calls import PROBE, VFIO_PCI, endpoint_address, on_vfio, outcome, spare_address
+from simtests.conformance.pci_calls import PROBE, VFIO_PCI, endpoint_address, on_vfio, opened, outcome, spare_address
 from vfio import sysfs
 from vfio.backend import Backend
 
@@ -161,6 +162,19 @@ def test_reset_takes_a_one(backend, disk):
 
 
 @BARE_METAL
+def test_reset_of_a_bus_with_a_neighbour_on_it_is_enotty(backend, device_address):
+    assert backend.read_text(sysfs.path(device_address, "reset_method")) == "bus\n"
+    assert write(backend, sysfs.path(device_address, "reset"), "1") == "ENOTTY"
+
+
+@BARE_METAL
+def test_reset_through_the_file_keeps_configuration_space(backend, disk):
+    before = config(backend, disk)
+    assert write(backend, sysfs.path(disk, "reset"), "1") is None
+    assert config(backend, disk)[:64] == before[:64]
+
+
+@BARE_METAL
 def test_device_that_cannot_be_reset_has_no_file_for_it(backend, address):
     assert not backend.exists(sysfs.path(address, "reset"))
     assert not backend.exists(sysfs.path(address, "reset_method"))
@@ -187,6 +201,101 @@ def test_reset_method_that_the_device_has_not_is_einval(backend, disk, text):
 def test_device_without_a_reset_method_is_enotty(backend, disk):
     backend.write_text(sysfs.path(disk, "reset_method"), "\n")
     assert write(backend, sysfs.path(disk, "reset"), "1") == "ENOTTY"
+
+
+# --- configuration space and BARs ---
+
+
+def config(backend: Backend, address: str, length: int = 8192) -> bytes:
+    """What a process reads of a device's configuration space."""
+    fd = backend.open(sysfs.path(address, "config"), os.O_RDONLY)
+    try:
+        return backend.pread(fd, length, 0)
+    finally:
+        backend.close(fd)
+
+
+def test_root_reads_all_of_configuration_space_and_others_64_bytes(backend, target, other_program):
+    alice = other_program(uid=1000).backend
+    for device in target.topology.devices:
+        whole = config(backend, device.address)
+        assert len(whole) in (256, 4096)
+        assert whole[:2] == device.vendor.to_bytes(2, "little")
+        assert config(alice, device.address) == whole[:64]
+
+
+RESOURCES = {
+    "powernv8": {
+        "0000:01:00.0": {0: (0x3FF8000000000, 0x100000, 0x40200)},
+        "0000:01:00.1": {0: (0x3FF8000100000, 0x1000, 0x40200)},
+        "0001:01:00.0": {0: (0x3FF8080000000, 0x100000, 0x40200)},
+        "0002:01:00.0": {0: (0x3FF8100000000, 0x4000, 0x140204)},
+    },
+    "powernv8-64k": {
+        "0000:01:00.0": {0: (0x3FF8000000000, 0x100000, 0x40200)},
+        "0000:01:00.1": {0: (0x3FF8000100000, 0x1000, 0x200)},
+        "0001:01:00.0": {0: (0x3FF8080000000, 0x100000, 0x40200)},
+        "0002:01:00.0": {0: (0x3FF8100000000, 0x4000, 0x100204)},
+    },
+    "powernv9": {
+        "0000:01:00.0": {0: (0x600C000000000, 0x100000, 0x40200)},
+        "0000:01:00.1": {0: (0x600C000100000, 0x1000, 0x40200)},
+        "0001:01:00.0": {0: (0x600C080000000, 0x100000, 0x40200)},
+        "0002:01:00.0": {0: (0x600C100000000, 0x4000, 0x140204)},
+    },
+    "siblings": {
+        "0000:01:00.0": {0: (0x3FF8000000000, 0x100000, 0x40200)},
+        "0000:01:00.1": {0: (0x3FF8000104000, 0x1000, 0x40200), 6: (0x3FF8000105000, 0x800, 0x6200)},
+        "0000:01:00.2": {0: (0x3FF8000100000, 0x4000, 0x140204)},
+        "0000:01:00.3": {0: (0x3FF8000106000, 0x100, 0x100204)},
+        "0001:01:00.0": {0: (0x3FF8080000000, 0x100000, 0x40200)},
+        "0002:01:00.0": {1: (0x3FF8100000000, 0x1000, 0x40200), 4: (0x3D02000000000, 0x4000, 0x14220C)},
+    },
+    "siblings-64k": {
+        "0000:01:00.0": {0: (0x3FF8000000000, 0x100000, 0x40200)},
+        "0000:01:00.1": {0: (0x3FF8000100000, 0x1000, 0x200), 6: (0x3FF8000110000, 0x800, 0x6200)},
+        "0000:01:00.2": {0: (0x3FF8000120000, 0x4000, 0x100204)},
+        "0000:01:00.3": {0: (0x3FF8000130000, 0x100, 0x100204)},
+        "0001:01:00.0": {0: (0x3FF8080000000, 0x100000, 0x40200)},
+        "0002:01:00.0": {1: (0x3FF8100000000, 0x1000, 0x200), 4: (0x3D02000000000, 0x4000, 0x10220C)},
+    },
+    "pseries": {
+        "0000:00:00.0": {0: (0x200080000000, 0x100000, 0x40200)},
+        "0001:00:00.0": {
+            0: (0x200100000000, 0x20000, 0x40200),
+            1: (0x200100020000, 0x20000, 0x40200),
+            2: (0x1000, 0x20, 0x40101),
+            3: (0x200100040000, 0x4000, 0x40200),
+        },
+    },
+}
+"""The first lines of `resource` of every device that are not zero: where a BAR (6: the ROM) is, its size, its flags."""
+
+
+@pytest.mark.targets(*RESOURCES)
+def test_resource_has_what_the_host_gave_to_each_bar(backend, target):
+    for device in target.topology.devices:
+        lines = backend.read_text(sysfs.path(device.address, "resource")).splitlines()
+        assert len(lines) == (17 if device.device_class >> 16 == 0x06 else 13)
+        found = {}
+        for index, line in enumerate(lines[:7]):
+            start, end, flags = (int(number, 16) for number in line.split())
+            if flags:
+                found[index] = start, end - start + 1, flags
+        assert found == RESOURCES[target.name][device.address]
+
+
+@BARE_METAL
+def test_io_ports_that_the_host_did_not_assign_are_not_there(backend, address):
+    """A bare machine has no I/O ports to give: the second BAR of the test device stays without."""
+    with on_vfio(backend, address), opened(backend, address) as device:
+        region = device.region(1)
+        assert (region.size, region.flags) == (0, 0)
+        assert (device.read(1, 0, 1), device.write(1, 0, b"\0")) == ("EINVAL", "EINVAL")
+        assert device.map(1, backend.page_size) == "EINVAL"
+        device.set_config(0x14, 4, 0xFFFFFFFF)
+        assert device.config(0x14, 4) == 0
+        assert device.irq(0) == (0, 7)  # nor has it an interrupt pin
 
 
 # --- drivers ---

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from mmap import MAP_ANONYMOUS, MAP_SHARED, PAGESIZE, mmap
 from typing import TYPE_CHECKING
@@ -74,13 +74,21 @@ class FakeBackend(Backend):
         weakref.finalize(self, _close_all, process.files)
 
     def another_process(
-        self, *, uid: int = 0, memlock: int | None = 8 << 20, ipc_lock: bool | None = None
+        self,
+        *,
+        uid: int = 0,
+        groups: Iterable[int] | None = None,
+        memlock: int | None = 8 << 20,
+        ipc_lock: bool | None = None,
     ) -> FakeBackend:
-        """The same machine, as another process sees it.  Its memory is this process's memory under another name."""
+        """The same machine, as another process sees it.  Its memory is this process's memory under another name.
+
+        `groups` are all its groups; None is its user's own alone.
+        """
         with self.machine.lock:
             pid = max(process.pid for process in self.machine.processes) + 1
             capable = uid == 0 if ipc_lock is None else ipc_lock
-            other = Process(self.machine, pid=pid, uid=uid, memlock=memlock, ipc_lock=capable)
+            other = Process(self.machine, pid=pid, uid=uid, groups=groups, memlock=memlock, ipc_lock=capable)
         return FakeBackend(self.machine, other, self.url)
 
     def exit(self) -> None:
@@ -197,6 +205,7 @@ class FakeBackend(Backend):
     @contextmanager
     def _call(self, *kinds: str) -> Iterator[None]:
         with self.machine.lock:
+            self.machine.virqfds.deliver()
             self.machine.hooks.before(*kinds)
             yield
 
@@ -215,10 +224,12 @@ class _LockedMapping(Mapping):
 
     def load(self, offset: int, width: int) -> int:
         with self._machine.lock:
+            self._machine.virqfds.deliver()
             return self._inner.load(offset, width)
 
     def store(self, offset: int, width: int, value: int) -> None:
         with self._machine.lock:
+            self._machine.virqfds.deliver()
             self._inner.store(offset, width, value)
 
     def close(self) -> None:

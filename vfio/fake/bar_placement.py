@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vfio.fake import devices
 
@@ -11,29 +11,52 @@ if TYPE_CHECKING:
     from vfio.fake.machine import Machine
 
 _FIRST_INTERRUPT = {"POWER8": 30, "POWER9": 38, "POWER10": 38}
-_MEMORY = {"POWER8": 0x3FF8000000000, "POWER9": 0x600C000000000, "POWER10": 0x600C000000000}
-_PSERIES_MEMORY, _WINDOW, _BUS_START, _IO_START = 0x200080000000, 0x80000000, 0x80000000, 0x1000
+_IO_START = 0x1000
+
+
+class _Window(NamedTuple):
+    """A range of CPU addresses that a PHB forwards; the next PHB's begins `stride` bytes behind."""
+
+    start: int
+    stride: int
+    bus_start: int | None
+    """Where it begins on the bus; None where addresses are the same there."""
+
+
+_WINDOWS = {
+    "POWER8": (_Window(0x3FF8000000000, 0x80000000, 0x80000000), _Window(0x3D00000000000, 1 << 36, None)),
+    "POWER9": (_Window(0x600C000000000, 0x80000000, 0x80000000), _Window(0x6000000000000, 1 << 38, None)),
+    "pSeries": (_Window(0x200080000000, 0x80000000, 0x80000000), _Window(0x210000000000, 1 << 40, None)),
+}
+"""Of each platform: the one below 4 GiB on the bus, and the one for 64-bit BARs, on powernv for prefetchable ones."""
+_LIKE = {"POWER7": "POWER8", "POWER10": "POWER9"}
 
 
 def place_bars(machine: Machine, phb: topology.Phb) -> dict[str, dict[int, tuple[int, int, bool]]]:
     """Where the host puts the BARs below a PHB: by address and index, the CPU address, the address on the bus, and
     whether it is aligned to more than its size.
 
-    The largest come first; powernv gives every BAR pages of its own (pnv_pci_default_alignment), and has no I/O
+    What is aligned most comes first; powernv gives every BAR pages of its own (pnv_pci_default_alignment), and has no I/O
     ports to give.
     """
-    powernv = machine.topology.platform.name == "PowerNV"
-    base = _MEMORY.get(machine.topology.platform.cpu, _MEMORY["POWER8"]) if powernv else _PSERIES_MEMORY
-    base += phb.index * _WINDOW
+    platform = machine.topology.platform
+    powernv = platform.name == "PowerNV"
+    windows = _WINDOWS.get(_LIKE.get(platform.cpu, platform.cpu) if powernv else platform.name, _WINDOWS["POWER9"])
+    least = machine.page_size if powernv else 1
     places: dict[str, dict[int, tuple[int, int, bool]]] = {device.address: {} for device in phb.functions}
     bars = [(device.address, bar) for device in phb.functions for bar in devices.make_model(device).bars]
-    memory = io = 0
-    for address, bar in sorted(bars, key=lambda pair: -pair[1].size):
+    used = [0, 0]
+    io = 0
+    for address, bar in sorted(bars, key=lambda pair: -max(pair[1].size, least)):
         if not bar.io:
-            align = max(bar.size, machine.page_size) if powernv else bar.size
-            memory = -(-memory // align) * align
-            places[address][bar.index] = base + memory, _BUS_START + memory, align > bar.size
-            memory += bar.size
+            align = max(bar.size, least)
+            which = int(bar.bits64 and (bar.prefetch or not powernv))
+            window = windows[which]
+            at = -(-used[which] // align) * align
+            used[which] = at + bar.size
+            start = window.start + phb.index * window.stride + at
+            bus_address = start if window.bus_start is None else window.bus_start + at
+            places[address][bar.index] = start, bus_address, align > bar.size
         elif not powernv:
             io = -(-io // bar.size) * bar.size
             places[address][bar.index] = _IO_START + io, _IO_START + io, False

@@ -183,7 +183,7 @@ class Bars:
             raise fail(errno.ENODEV)
         if len(self._ioeventfds) >= _MAX_IOEVENTFDS:
             raise fail(errno.ENOSPC)
-        self._ioeventfds[write] = self._vdev.virqfds.listen(process, wanted.fd, lambda: self._fire(write))
+        self._ioeventfds[write] = self._pci.machine.virqfds.listen(process, wanted.fd, lambda: self._fire(write))
         return 0
 
     def _negative_ioeventfd(self, offset: int) -> int:
@@ -238,7 +238,6 @@ class BarMapping(Mapping):
                 f"{self._where(offset)}: a {what} of {width} bytes; the mapping has {self.length}, and takes 1, 2, 4 "
                 "or 8 at a multiple of that"
             )
-        self._vdev.virqfds.deliver()
         if reason := self._vdev.unmapped_because:
             raise BusError(f"{self._where(offset)}: SIGBUS at a {what}: {reason}")
 

@@ -1,22 +1,31 @@
-"""A topology of a real host, from what its sysfs and /proc show to anybody.
+"""A topology of a real host, from what its sysfs and /proc show.
 
-DMA windows show nowhere without opening a group, so they are those of the platform.
+BARs are those of the host.  MSI-X tables are where the host has them only if root captures it: to anybody else sysfs shows
+no more than the first 64 bytes of configuration space (pci_read_config), and capabilities come behind them; then the
+model's own are left where they fit.  DMA windows show nowhere without opening a group, so they are those of the platform;
+what is behind a BAR, and what is in an expansion ROM, is the model's.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from vfio import errors, sysfs, topology, usage
 from vfio.backend import Backend, missing
+from vfio.fake import registers as reg
 
 _PLATFORMS = ("PowerNV", "pSeries")
 _MODELS = {(0x1234, 0x11E8): "edu", (0x1B36, 0x0005): "pci-testdev", (0x8086, 0x10D3): "e1000e"}
 _NVME = 0x010802
+_IO, _MEMORY, _PREFETCHABLE, _BITS64, _UNSET = 0x100, 0x200, 0x2000, 0x100000, 0x20000000
+"""Flags of a line of `resource` (include/linux/ioport.h)."""
+_BARS, _BRIDGE_BARS, _ROM = 6, 2, 6
+"""How many lines of `resource` are BARs, of a function and of a bridge; and the line of the expansion ROM."""
 
 
 class Captured(NamedTuple):
@@ -46,6 +55,10 @@ def capture(backend: Backend) -> Captured:
         raise errors.CallFailed(errno.ENODEV, "cannot capture this host", "it has no PCI devices")
     if not any(device.group is not None for device in devices):
         notes.append("no device of this host is in an IOMMU group: none can be assigned, here or on the model")
+    if not all(_config(backend, device.address)[reg.HEADER_END :] for device in devices if not device.is_bridge):
+        notes.append(
+            "only root reads the capabilities of devices: MSI-X tables are the model's own; capture as root for the host's"
+        )
     like = _like(cpu)
     lines = [
         f"description = {_text(f'captured on {cpu.model}')}",
@@ -158,6 +171,12 @@ def _device(backend: Backend, device: sysfs.PciDevice) -> list[str]:
     below = _read(backend, sysfs.path(device.address, "secondary_bus_number")).strip()
     if device.is_bridge and int(below or "0") > int(device.address.split(":")[1], 16):
         lines.append(f"secondary_bus = {int(below):#x}")
+    bars, rom = _bars(backend, device)
+    lines.append(f"bars = [{', '.join(map(_bar, bars))}]")
+    if rom:
+        lines.append(f"rom = {rom:#x}")
+    if not device.is_bridge:
+        lines += _msix(_config(backend, device.address), bars)
     if device.driver is not None:
         lines.append(f"driver = {_text(device.driver)}")
     if device.driver_override is not None:
@@ -165,6 +184,58 @@ def _device(backend: Backend, device: sysfs.PciDevice) -> list[str]:
     if not device.overridable:
         lines.append("overridable = false")
     return lines
+
+
+def _bars(backend: Backend, device: sysfs.PciDevice) -> tuple[list[topology.Bar], int]:
+    """The BARs that the host has assigned, and the size of the expansion ROM: who asks VFIO is told of no others."""
+    bars, rom = [], 0
+    for index, line in enumerate(_read(backend, sysfs.path(device.address, "resource")).splitlines()):
+        start, end, flags = (int(number, 16) for number in line.split())
+        size = end - start + 1
+        if not start or flags & _UNSET or not flags & (_IO | _MEMORY) or size.bit_count() != 1:
+            continue
+        if index < (_BRIDGE_BARS if device.is_bridge else _BARS):
+            bars.append(
+                topology.Bar(index, size, bool(flags & _IO), bool(flags & _BITS64), bool(flags & _PREFETCHABLE))
+            )
+        elif index == _ROM and not device.is_bridge:
+            rom = size
+    return bars, rom
+
+
+def _bar(bar: topology.Bar) -> str:
+    kinds = [f"{name} = true" for name in ("io", "bits64", "prefetchable") if getattr(bar, name)]
+    return f"{{ {', '.join([f'bar = {bar.index}', f'size = {bar.size:#x}', *kinds])} }}"
+
+
+def _msix(config: bytes, bars: Iterable[topology.Bar]) -> list[str]:
+    """The MSI-X table, where configuration space tells all of it; one in a BAR that the host has not assigned is none."""
+    if len(config) < reg.STANDARD_SIZE:
+        return []
+    registers = reg.ConfigRegisters()
+    registers.value[:] = config[: reg.STANDARD_SIZE]
+    at = registers.find(reg.CAP_MSIX)
+    table, pending = (registers.get(at + where, 4) if at else 0 for where in (reg.MSIX_TABLE, reg.MSIX_PBA))
+    vectors = (registers.get(at + reg.MSIX_FLAGS, 2) & reg.MSIX_SIZE) + 1
+    start, end = table & ~7, (table & ~7) + 16 * vectors
+    if not at or not any(bar.index == table & 7 and not bar.io and bar.size >= end for bar in bars):
+        return ["msix = { vectors = 0 }"]
+    pba = pending & ~7 if pending & 7 == table & 7 else end
+    return [f"msix = {{ vectors = {vectors}, bar = {table & 7}, table = {start:#x}, pba = {pba:#x} }}"]
+
+
+def _config(backend: Backend, address: str) -> bytes:
+    """Configuration space, as far as this process may read it."""
+    try:
+        fd = backend.open(sysfs.path(address, "config"), os.O_RDONLY)
+    except OSError as error:
+        if missing(error) or isinstance(error, PermissionError):
+            return b""
+        raise
+    try:
+        return backend.pread(fd, reg.STANDARD_SIZE, 0)
+    finally:
+        backend.close(fd)
 
 
 def _model(device: sysfs.PciDevice) -> str:

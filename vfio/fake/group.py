@@ -60,7 +60,7 @@ class VfioGroup:
 
     def open(self, process: Process) -> GroupFile:
         """Open the node: EACCES by its mode, EBUSY while it is open (duplicates of one file do not count)."""
-        if process.uid != 0 and not self._permits(process.uid):
+        if not process.may(_READ_WRITE, self.uid, self.gid, self.mode):
             raise fail(errno.EACCES)
         if self.opened_file:
             raise fail(errno.EBUSY)
@@ -122,12 +122,6 @@ class VfioGroup:
         self.iommu_group = None
         if not self.opened_file:
             self.core.free_minor(self)
-
-    def _permits(self, uid: int) -> bool:
-        # A user's own group has the user's number.
-        shift = 6 if uid == self.uid else 3 if uid == self.gid else 0
-        bits = self.mode >> shift
-        return bits & _READ_WRITE == _READ_WRITE
 
 
 class GroupFile(File):

@@ -33,8 +33,6 @@ class Files:
     broken_parity_status: bool = False
     numa_node: int = 0
     dma_mask_bits: int = 32
-    reset_methods: tuple[str, ...] | None = None
-    """None: as at boot."""
 
 
 @dataclass

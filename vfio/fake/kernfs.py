@@ -74,12 +74,15 @@ class Attribute(Node):
         store: Callable[[str], None] | None = None,
         mode: int | None = None,
         uid: int = 0,
+        public: int | None = None,
     ) -> None:
         if mode is None:
             mode = (0o444 if show else 0) | (0o200 if store else 0)
         super().__init__(stat.S_IFREG | mode, uid, uid)
         self.show = show
         self.store = store
+        self.public = public
+        """How many bytes anybody but root reads of it; None: all."""
 
 
 def text(content: str) -> Attribute:
@@ -120,6 +123,8 @@ class AttributeFile(File):
             raise fail(errno.EINVAL)
         content = self._attribute.show()
         data = content.encode() if isinstance(content, str) else content
+        if process.uid != 0:
+            data = data[: self._attribute.public]
         return data[offset : offset + length]
 
     def pwrite(self, process: Process, data: bytes, offset: int) -> int:

@@ -22,7 +22,7 @@ BARS, ROM = 6, 6
 """Number of BARs, and the index of the expansion ROM behind them."""
 
 _IORESOURCE_IO, _IORESOURCE_MEM, _IORESOURCE_PREFETCH, _IORESOURCE_MEM_64 = 0x100, 0x200, 0x2000, 0x100000
-_IORESOURCE_SIZEALIGN, _IORESOURCE_STARTALIGN = 0x40000, 0x80000
+_IORESOURCE_READONLY, _IORESOURCE_SIZEALIGN = 0x4000, 0x40000
 
 
 @dataclass
@@ -58,9 +58,10 @@ class Bar:
         """What the third column of sysfs's `resource` shows (include/linux/ioport.h)."""
         if self.io:
             return _IORESOURCE_IO | 1 | _IORESOURCE_SIZEALIGN
-        flags = _IORESOURCE_MEM | self.type_bits
-        flags |= (_IORESOURCE_MEM_64 if self.bits64 else 0) | (_IORESOURCE_PREFETCH if self.prefetch else 0)
-        return flags | (_IORESOURCE_STARTALIGN if self.start_aligned else _IORESOURCE_SIZEALIGN)
+        flags = _IORESOURCE_MEM | self.type_bits | (0 if self.start_aligned else _IORESOURCE_SIZEALIGN)
+        if self.index == ROM:
+            return flags | _IORESOURCE_PREFETCH | _IORESOURCE_READONLY
+        return flags | (_IORESOURCE_MEM_64 if self.bits64 else 0) | (_IORESOURCE_PREFETCH if self.prefetch else 0)
 
     start_aligned: bool = False
     """The host aligned it to more than its size (powernv: to a page)."""
@@ -87,7 +88,7 @@ class PciDevice:
         self.driver: str | None = None
         self.driver_override: str | None = None
         self.reset_methods: tuple[str, ...] = ()
-        """How its function can be reset, as sysfs's `reset_method` lists it: "flr", "pm", "bus"."""
+        """How its function is reset, in the order in which it is tried: sysfs's `reset_method` ("flr", "pm", "bus")."""
         self.irq = 0
         """Number of its INTx line on the host; 0 without one."""
         self.enable_count = 0
@@ -420,9 +421,13 @@ class PciDevice:
         """
         level = self._line and not self.command & reg.COMMAND_INTX_DISABLE
         rises, self._level = level and not self._level, level
-        xics = self.machine.topology.platform.cpu.startswith(_XICS)
-        if level and self.intx_handler and (rises or xics):
+        if level and self.intx_handler and (rises or self.has_xics):
             self.intx_handler()
+
+    @property
+    def has_xics(self) -> bool:
+        """Whether the machine's interrupt controller is an XICS, and not a XIVE."""
+        return self.machine.topology.platform.cpu.startswith(_XICS)
 
 
 def make_device(device: topology.Device, machine: Machine, phb: topology.Phb) -> PciDevice:
@@ -443,6 +448,8 @@ def make_device(device: topology.Device, machine: Machine, phb: topology.Phb) ->
     for index, (start, bus_address, aligned) in places[device.address].items():
         bar = pci.bars[index]
         bar.start, bar.bus_address, bar.start_aligned = start, bus_address, aligned
+        if index == ROM:
+            continue  # which is given its address when it is read
         pci.registers.write(bar.register, 4, bus_address & 0xFFFF_FFFF)
         if bar.bits64:
             pci.registers.write(bar.register + 4, 4, bus_address >> 32)

@@ -14,6 +14,8 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from vfio.fake import registers as reg
+from vfio.fake import reset
 from vfio.fake.kernel_error import fail
 from vfio.fake.kernfs import Attribute, Child, Directory, Link, Node, directory, text
 
@@ -149,7 +151,7 @@ class PciBus:
             vendor, device = described.subsystem_vendor or 0, described.subsystem_device or 0
         return {
             "class": text(f"{pci.device_class:#08x}"),
-            "config": Attribute(lambda: bytes(pci.registers.value), mode=0o644),
+            "config": Attribute(lambda: bytes(pci.registers.value), mode=0o644, public=reg.HEADER_END),
             "device": text(f"{pci.device:#06x}"),
             "modalias": text(_modalias(pci)),
             "revision": text(f"{pci.revision:#04x}"),
@@ -200,47 +202,38 @@ class PciBus:
 
     def _actions(self, pci: PciDevice) -> dict[str, Child]:
         core = self.core
-        files = core.host.files[pci.address]
+        known = self.machine.topology.device(pci.address).reset
 
-        def methods() -> tuple[str, ...]:
-            return pci.reset_methods if files.reset_methods is None else files.reset_methods
-
-        def reset(given: str) -> None:
+        def reset_now(given: str) -> None:
             if _number(given) != 1:
                 raise fail(errno.EINVAL)
-            if not any(method in self._usable(pci) for method in methods()):
+            if not reset.reset_function(pci):
                 raise fail(errno.ENOTTY)
-            saved = pci.save()
-            pci.hardware_reset()
-            pci.restore(saved)
 
         def set_methods(given: str) -> None:
             names = given.split()
-            usable = self._usable(pci)
+            usable = tuple(method for method in known if method != "bus" or len(pci.same_bus) == 1)
             if names == ["default"]:
-                files.reset_methods = usable
+                pci.reset_methods = usable
             elif all(name in usable for name in names):
-                files.reset_methods = tuple(names)
+                pci.reset_methods = tuple(names)
             else:
                 raise fail(errno.EINVAL)
+
+        def show_methods() -> str:
+            return f"{' '.join(pci.reset_methods)}\n" if pci.reset_methods else ""
 
         def remove(given: str) -> None:
             if _number(given):
                 core.remove(pci)
                 core.host.forget(path(pci))
 
-        shown = Attribute(lambda: f"{' '.join(methods())}\n" if methods() else "", set_methods)
         return {
             "remove": Attribute(store=remove, mode=0o220),
             "rescan": Attribute(store=lambda given: core.rescan(pci.domain, pci.bus) if _number(given) else None),
-            "reset": Attribute(store=reset) if pci.reset_methods else None,
-            "reset_method": shown if pci.reset_methods else None,
+            "reset": Attribute(store=reset_now) if known else None,
+            "reset_method": Attribute(show_methods, set_methods) if known else None,
         }
-
-    def _usable(self, pci: PciDevice) -> tuple[str, ...]:
-        """The ways to reset it that work now: a bus cannot be reset under other functions."""
-        alone = len(pci.same_bus) == 1
-        return tuple(method for method in pci.reset_methods if method != "bus" or alone)
 
     def _bars(self, pci: PciDevice) -> dict[str, Child]:
         def resource() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from vfio.backend import LockedMemory
@@ -24,12 +25,15 @@ class Process:
         *,
         pid: int | None = None,
         uid: int = 0,
+        groups: Iterable[int] | None = None,
         memlock: int | None = 8 << 20,
         ipc_lock: bool = True,
     ) -> None:
         self.machine = machine
         self.pid = os.getpid() if pid is None else pid
         self.uid = uid
+        self.groups = (uid,) if groups is None else tuple(groups)
+        """Its group, and the supplementary ones; without any said, that of the user's own number."""
         # All processes of a model that runs in one process share that one's memory, each under its own accounts.
         self.memory = AddressSpace(os.getpid(), machine.page_size)
         self.memlock = memlock
@@ -70,6 +74,18 @@ class Process:
         self.locked_pages = 0
         if self in self.machine.processes:
             self.machine.processes.remove(self)
+
+    # --- permissions ---
+
+    def may(self, wanted: int, uid: int, gid: int, mode: int) -> bool:
+        """Whether it may read (4), write (2) or search (1) what has this owner, group and mode (acl_permission_check).
+
+        The owner has the owner's bits and no others, a member of the group the group's; root may all.
+        """
+        if self.uid == 0:
+            return True
+        shift = 6 if self.uid == uid else 3 if gid in self.groups else 0
+        return mode >> shift & wanted == wanted
 
     # --- locked memory ---
 

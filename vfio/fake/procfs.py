@@ -72,10 +72,10 @@ def _status(machine: Machine, process: Process, command: str) -> str:
     locked = process.locked_pages * machine.page_size // 1024
     capabilities = _ALL_CAPABILITIES if process.uid == 0 else 0
     capabilities = capabilities | _CAP_IPC_LOCK if process.ipc_lock else capabilities & ~_CAP_IPC_LOCK
-    ids = "\t".join([str(process.uid)] * 4)
+    uids, gids = ("\t".join([str(number)] * 4) for number in (process.uid, process.groups[0]))
     return (
         f"Name:\t{command.rpartition('/')[2][:15]}\nState:\tR (running)\nTgid:\t{process.pid}\nPid:\t{process.pid}\n"
-        f"PPid:\t1\nUid:\t{ids}\nGid:\t{ids}\nVmLck:\t{locked:8} kB\nCapEff:\t{capabilities:016x}\n"
+        f"PPid:\t1\nUid:\t{uids}\nGid:\t{gids}\nVmLck:\t{locked:8} kB\nVmPin:\t{0:8} kB\nCapEff:\t{capabilities:016x}\n"
     )
 
 

@@ -82,6 +82,14 @@ class ConfigRegisters:
         self.change(STATUS, 2, STATUS_CAP_LIST)
         return offset
 
+    def remove_capability(self, offset: int) -> None:
+        """Take the capability at `offset` from the list; its bytes stay."""
+        following = self.value[offset + 1]
+        before = next((at + 1 for at, _ in self.capabilities() if self.value[at + 1] == offset), CAPABILITIES)
+        self.set(before, 1, following)
+        if not self.get(CAPABILITIES, 1):
+            self.change(STATUS, 2, clear_bits=STATUS_CAP_LIST)
+
     def add_extended(self, identity: int, version: int, offset: int, length: int) -> int:
         """Put an extended capability of `length` read-only bytes at the end of the list; returns `offset`."""
         last = [at for at, _ in self.extended_capabilities()][-1:]

@@ -96,12 +96,16 @@ class FileTree:
         return FileStatus(stat.S_IFMT(node.mode) | inode.mode, inode.uid, inode.gid, node.rdev)
 
     def chown(self, process: Process, path: str, uid: int, gid: int) -> None:
-        """Set the owner (-1: it stays); EPERM for anybody but root."""
+        """Set the owner and the group (-1: it stays).  EPERM for anybody but root, and the owner who gives it to another
+        group of theirs (setattr_prepare)."""
         where, node = self._walk(process, path)
-        if process.uid != 0:
-            raise fail(errno.EPERM)
         inode = self._inode(where, node)
-        self._keep(where, node, Inode(inode.uid if uid == -1 else uid, inode.gid if gid == -1 else gid, inode.mode))
+        new = Inode(inode.uid if uid == -1 else uid, inode.gid if gid == -1 else gid, inode.mode)
+        if process.uid not in (0, inode.uid):
+            raise fail(errno.EPERM)
+        if process.uid != 0 and (new.uid != inode.uid or new.gid not in (inode.gid, *process.groups)):
+            raise fail(errno.EPERM)
+        self._keep(where, node, new)
 
     def chmod(self, process: Process, path: str, mode: int) -> None:
         """Set the permission bits; EPERM for anybody but root and the owner."""
@@ -165,20 +169,12 @@ class FileTree:
             self.machine.driver_core.host.inodes[where] = inode
 
     def _check(self, process: Process, where: str, node: Node, wanted: int) -> None:
-        """EACCES unless the process may; root may all that a bit of anybody's allows in sysfs, and all elsewhere."""
+        """EACCES unless the process may; in sysfs, root too needs a bit of anybody's (kernfs_fop_open)."""
         inode = self._inode(where, node)
+        if not process.may(wanted, inode.uid, inode.gid, inode.mode):
+            raise fail(errno.EACCES)
         anybody = inode.mode >> 6 | inode.mode >> 3 | inode.mode
-        if process.uid == 0:
-            if where.startswith("/sys/") and isinstance(node, Attribute) and anybody & wanted != wanted:
-                raise fail(errno.EACCES)
-            return
-        if process.uid == inode.uid:
-            bits = inode.mode >> 6
-        elif process.uid == inode.gid:  # a user's own group has the user's number
-            bits = inode.mode >> 3
-        else:
-            bits = inode.mode
-        if bits & wanted != wanted:
+        if where.startswith("/sys/") and isinstance(node, Attribute) and anybody & wanted != wanted:
             raise fail(errno.EACCES)
 
 

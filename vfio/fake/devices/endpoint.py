@@ -9,6 +9,8 @@ BAR 0, 64-bit, little-endian, byte offsets; accesses of 4 or 8 bytes:
     0x020  W    1: copy from bus address to the buffer; 2: from the buffer to the bus address
     0x1000 RW   the buffer, 4096 bytes
     0x2000      MSI-X table, 0x3000 pending bits
+
+A topology may say other BARs and another MSI-X table, as a captured one does: other BARs read zero and keep nothing.
 """
 
 from __future__ import annotations
@@ -47,12 +49,16 @@ class Endpoint(PciModel):
         self.buffer = bytearray(_BUFFER_SIZE)
 
     def bar_read(self, bar: int, offset: int, width: int) -> int:
+        if bar:
+            return 0
         if _BUFFER <= offset < _BUFFER + _BUFFER_SIZE:
             start = offset - _BUFFER
             return int.from_bytes(self.buffer[start : start + width], "little")
         return {_ID: _MAGIC, _ADDRESS: self.address, _LENGTH: self.length}.get(offset, 0) if width >= 4 else 0
 
     def bar_write(self, bar: int, offset: int, width: int, value: int) -> None:
+        if bar:
+            return
         if _BUFFER <= offset < _BUFFER + _BUFFER_SIZE:
             start = offset - _BUFFER
             self.buffer[start : start + width] = value.to_bytes(width, "little")

@@ -24,16 +24,19 @@ A topology names it by module and class: ``model = "my.devices:Doorbell"``.  Con
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from vfio import topology
 from vfio.fake import registers as reg
 from vfio.fake.pci import Bar
 from vfio.fake.registers import ConfigRegisters
 
 if TYPE_CHECKING:
-    from vfio import topology
     from vfio.fake.pci import PciDevice
 
+_FREE = 0xB0
+"""Where no model without MSI-X has a capability."""
 _ENTRY, _MASKED = 16, 1
 """Bytes of an entry of the MSI-X table, and the mask bit of its last word."""
 
@@ -68,6 +71,7 @@ class PciModel:
         fields(reg.INTERRUPT_PIN, 1, self.interrupt_pin)
         self.vpd = bytearray()
         """What the VPD capability gives access to, if there is one."""
+        self._rom = topology.option_rom(device.rom) if device.rom else b""
         self._table = bytearray()
         self._pending: set[int] = set()
 
@@ -88,7 +92,7 @@ class PciModel:
 
     def rom(self) -> bytes:
         """The image behind the expansion ROM, if there is a BAR for it (index 6); empty without one."""
-        return b""
+        return self._rom
 
     # --- for subclasses to use ---
 
@@ -102,6 +106,26 @@ class PciModel:
             self.registers.field(bar.register, 4, bar.type_bits, -size & 0xFFFF_FFFF)
         if bits64:
             self.registers.field(bar.register + 4, 4, 0, (-size >> 32) & 0xFFFF_FFFF)
+
+    def replace_bars(self, bars: Iterable[topology.Bar]) -> None:
+        """Have these BARs instead.  An MSI-X table stays where it is if that is memory still, and goes otherwise."""
+        for bar in self.bars:
+            self.registers.field(bar.register, 8 if bar.bits64 else 4, 0)
+        self.bars = []
+        for each in bars:
+            self.add_bar(each.index, each.size, io=each.io, bits64=each.bits64, prefetch=each.prefetchable)
+        if at := self.registers.find(reg.CAP_MSIX):
+            index, start = self.registers.get(at + reg.MSIX_TABLE, 4) & 7, self.registers.get(at + reg.MSIX_PBA, 4) & ~7
+            if not any(bar.index == index and not bar.io and bar.size > start for bar in self.bars):
+                self.registers.remove_capability(at)
+
+    def replace_msix(self, msix: topology.Msix) -> None:
+        """Have this MSI-X table instead, or none."""
+        at = self.registers.find(reg.CAP_MSIX)
+        if at:
+            self.registers.remove_capability(at)
+        if msix.vectors:
+            self.registers.add_msix(at or _FREE, msix.vectors, msix.bar, msix.table, msix.pba)
 
     def dma_read(self, address: int, length: int) -> bytes:
         """Read `length` bytes of memory over the bus: zeros where they cannot be had."""

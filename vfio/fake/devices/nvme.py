@@ -33,4 +33,4 @@ class Nvme(PciModel):
         self.registers.add_msix(0x40, vectors=65, bar=0, table=0x2000, pba=0x3000)
 
     def bar_read(self, bar: int, offset: int, width: int) -> int:
-        return int.from_bytes(_REGISTERS[offset : offset + width], "little")
+        return 0 if bar else int.from_bytes(_REGISTERS[offset : offset + width], "little")
