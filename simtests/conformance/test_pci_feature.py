@@ -236,14 +236,14 @@ def test_signalled_ioeventfd_writes_the_register_little_endian(edu, fd):
 
 @pytest.mark.not_recorded("what the program writes to an eventfd is no call of the seam")
 @POWERNV  # a pseries has one edu
-def test_one_eventfd_writes_registers_of_two_devices(backend, two_edus, fd):
-    with opened(backend, two_edus[0]) as first, opened(backend, two_edus[1]) as second:
-        for device in (first, second):
+def test_one_eventfd_writes_registers_of_two_devices(backend, edu, second, fd):
+    with opened(backend, second.address) as other:
+        for device in (edu, other):
             EduRegisters(device)[LIVENESS] = 0
             assert ioeventfd(device, fd, data=0x11111111) == 0
         os.eventfd_write(fd, 1)
-        assert reads(first, LIVENESS, 0xEEEEEEEE)
-        assert reads(second, LIVENESS, 0xEEEEEEEE)
+        assert reads(edu, LIVENESS, 0xEEEEEEEE)
+        assert reads(other, LIVENESS, 0xEEEEEEEE)
 
 
 def test_last_close_removes_ioeventfds(backend, member, fd):
