@@ -345,7 +345,8 @@ def test_group_gets_a_node_with_its_first_device_on_vfio_and_loses_it_with_the_l
 
 
 def test_nodes_get_the_lowest_free_minor(backend, target, address):
-    others = [device.address for device in target.topology.devices if device.group != group_number(backend, address)]
+    free = [device for device in target.topology.devices if device.driver is None]
+    others = [device.address for device in free if device.group != group_number(backend, address)]
     with on_vfio(backend, address):
         assert minor(backend, address) == 0
         with on_vfio(backend, others[-1]):

@@ -387,11 +387,14 @@ def test_msi_that_is_off_cannot_be_disabled_or_triggered(edu):
     assert edu.set_irqs(MSI, BOOL | TRIGGER, count=1, data=b"\1") == "EINVAL"
 
 
-@pytest.mark.parametrize("index", [MSI, MSIX])
-def test_message_interrupts_for_no_vector_at_all_are_erange(endpoint, edu, index):
-    device = edu if index == MSI else endpoint
-    assert device.set_irqs(index, EVENTFD | TRIGGER) == "ERANGE"
-    assert disable(device, index) == "EINVAL"
+def test_msi_for_no_vector_at_all_is_erange(edu):
+    assert edu.set_irqs(MSI, EVENTFD | TRIGGER) == "ERANGE"
+    assert disable(edu, MSI) == "EINVAL"
+
+
+def test_msix_for_no_vector_at_all_is_erange(endpoint):
+    assert endpoint.set_irqs(MSIX, EVENTFD | TRIGGER) == "ERANGE"
+    assert disable(endpoint, MSIX) == "EINVAL"
 
 
 def test_msi_with_a_bad_descriptor_is_disabled_again(edu, fd):
