@@ -14,13 +14,13 @@ import click
 
 from vfio import errors
 
-from . import assignment, demo, fake, inventory, output, testing
+from . import apply, assignment, demo, fake, inventory, output, testing
 from .options import Options, common
 
 USAGE = 2
 """Exit status for what the user typed; 1 is an operation that failed."""
 
-_TYPED = (errors.InvalidAddress, errors.NoSuchUser, errors.NoSuchBackend)
+_TYPED = (errors.BadPlan, errors.InvalidAddress, errors.NoSuchUser, errors.NoSuchBackend)
 
 
 class Commands(click.Group):
@@ -77,7 +77,14 @@ def cli(options: Options) -> None:
     """
 
 
-for command in (*inventory.COMMANDS, *assignment.COMMANDS, *testing.COMMANDS, *demo.COMMANDS, *fake.COMMANDS):
+for command in (
+    *inventory.COMMANDS,
+    *assignment.COMMANDS,
+    *apply.COMMANDS,
+    *testing.COMMANDS,
+    *demo.COMMANDS,
+    *fake.COMMANDS,
+):
     cli.add_command(command)
 
 

@@ -31,7 +31,7 @@ from hwtests.devices import (  # noqa: E402
     second,
     two_edus,
 )
-from hwtests.processes import another_process, killed_by  # noqa: E402
+from hwtests.processes import another_process, fork, killed_by  # noqa: E402
 from simtests.conformance.fixtures import area, other_program, program, v1, v2  # noqa: E402
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ __all__ = [  # fixtures, found here by name
     "bound_address",
     "device",
     "edu_driver",
+    "fork",
     "iommu_module",
     "killed_by",
     "load_driver",

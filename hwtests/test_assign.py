@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 import vfio
-from vfio import assign, changes, errors, holders, journal, obstacles, sysfs
+from vfio import apply, assign, changes, desired, errors, export, holders, journal, obstacles, sysfs
 from vfio.backends.kernel import KernelBackend
+from vfio.desired import Desired, DesiredDevice
 
 if TYPE_CHECKING:
     from hwtests.lab.targets import System
@@ -167,6 +168,10 @@ class Failing(KernelBackend):
     def chown(self, path: str, uid: int, gid: int) -> None:
         self._change(path)
         super().chown(path, uid, gid)
+
+    def chmod(self, path: str, mode: int) -> None:
+        self._change(path)
+        super().chmod(path, mode)
 
 
 @pytest.mark.lab_only
@@ -334,3 +339,92 @@ def test_devices_are_those_of_the_topology(backend, target):
 def test_this_is_power(backend):
     assert sysfs.on_power(backend)
     assert sysfs.kernel_release(backend) == os.uname().release
+
+
+# --- assignment by a plan ---
+
+
+def test_a_plan_is_applied_once_exported_and_restored(backend, device_address, as_it_was, tmp_path):
+    if sysfs.device(backend, device_address).on_vfio:
+        pytest.skip(f"{device_address} is on a VFIO driver already")
+    wanted = Desired((DesiredDevice(address=device_address, owner="4321:77", mode=0o660, persistent=True),))
+    assert apply.compare(wanted, backend, persist_dir=tmp_path).changed
+    assert snapshot() == as_it_was
+    assert apply.apply(wanted, backend, persist_dir=tmp_path).done
+    between = snapshot()
+    node = Path(sysfs.node(sysfs.group_of(backend, device_address))).stat()
+    assert (node.st_mode & 0o777, node.st_uid, node.st_gid) == (0o660, 4321, 77)
+    assert not apply.apply(wanted, backend, persist_dir=tmp_path).changed
+    exported = desired.parse(export.toml(export.export(backend, persist_dir=tmp_path), backend))
+    assert not apply.apply(exported, backend, persist_dir=tmp_path).changed
+    assert snapshot() == between
+    assert apply.forget(backend, persist_dir=tmp_path).done
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    apply.apply(Desired((DesiredDevice(address=device_address, driver="host"),)), backend, persist_dir=tmp_path)
+    assert snapshot() == as_it_was
+
+
+def many(group: list[str], disk: str) -> Desired:
+    """From none to vfio-pci with an owner and a mode, and from the host's driver to none."""
+    return Desired(
+        (
+            DesiredDevice(address=group[0], whole_group=True, owner="alice:77", mode=0o640),
+            DesiredDevice(address=disk, driver="none"),
+        )
+    )
+
+
+@pytest.mark.lab_only
+@HOST_DRIVER
+def test_a_plan_that_fails_at_any_change_is_rolled_back_whole(group_of_several, disk):
+    changes_needed = 2 * len(group_of_several) + 1 + 2
+    wanted, before = many(group_of_several, disk), snapshot()
+    for nth in range(changes_needed):
+        with pytest.raises(errors.RolledBack, match="Input/output error"):
+            apply.apply(wanted, Failing(nth))
+        assert snapshot() == before, f"change {nth}"
+    backend = Failing(changes_needed)
+    assert apply.apply(wanted, backend).done
+    assert backend.nth == 0
+    assert not apply.apply(wanted, KernelBackend()).changed
+    assign.restore(backend=KernelBackend())
+    assert snapshot() == before
+
+
+@pytest.mark.lab_only
+@HOST_DRIVER
+def test_a_device_goes_to_other_drivers_by_name(backend, disk, as_it_was):
+    subprocess.run(["sh", "-c", "modprobe pci-stub"], check=True)
+    for driver in ("pci-stub", "vfio-pci", "nvme", "none"):
+        wanted = Desired((DesiredDevice(id=sysfs.device(backend, disk).id, driver=driver),))
+        assert apply.apply(wanted, backend).done
+        assert sysfs.driver_of(backend, disk) == (None if driver == "none" else driver)
+        assert not apply.apply(wanted, backend).changed
+    assign.restore(backend=backend)
+    assert sysfs.driver_of(backend, disk) == "nvme"
+
+
+@pytest.mark.lab_only
+@HOST_DRIVER
+def test_the_driver_of_the_host_is_the_one_that_the_kernel_finds_where_no_journal_knows(backend, disk):
+    """As after a boot that took the device to vfio-pci."""
+    assign.bind([disk], backend=backend)
+    journal.path(backend).unlink()
+    wanted = Desired((DesiredDevice(address=disk, driver="host"),))
+    assert apply.apply(wanted, backend).done
+    assert (sysfs.driver_of(backend, disk), sysfs.override_of(backend, disk)) == ("nvme", None)
+    assert not apply.apply(wanted, backend).changed
+
+
+@pytest.mark.lab_only
+@HOST_DRIVER
+def test_a_device_that_is_open_stays_where_a_plan_takes_it_away(backend, device_address, disk):
+    assign.bind([device_address], backend=backend)
+    between = snapshot()
+    wanted = Desired((DesiredDevice(address=disk), DesiredDevice(address=device_address, driver="host")))
+    with held(device_address) as process:
+        with pytest.raises(errors.Busy, match=f"pid {process.pid} "):
+            apply.apply(wanted, backend)
+        assert snapshot() == between
+    assert apply.apply(wanted, backend, wait=60).done
+    assign.restore(backend=backend)

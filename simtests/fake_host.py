@@ -40,6 +40,9 @@ class Function:
     bridge: bool = False
     below: int | None = None
     """Of a bridge: number of the bus below it."""
+    device_class: int = 0x00FF00
+    slot: str | None = None
+    """The physical slot that it is in."""
 
     @property
     def described(self) -> topology.Device:
@@ -48,7 +51,7 @@ class Function:
             address=self.address,
             vendor=self.id[0],
             device=self.id[1],
-            device_class=0x060400 if self.bridge else 0x00FF00,
+            device_class=0x060400 if self.bridge else self.device_class,
             subsystem_vendor=0x1AF4,
             subsystem_device=0x1100,
             revision=0x10,
@@ -58,6 +61,7 @@ class Function:
             driver=self.driver,
             driver_override=self.override,
             overridable=self.overridable,
+            physical_slot=self.slot,
         )
 
 

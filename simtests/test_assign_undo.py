@@ -108,7 +108,7 @@ def test_after_a_crash_at_any_change_of_bind_restore_is_exact(nth, monkeypatch):
     before = host.snapshot()
     host.fault = kill
     with monkeypatch.context() as killed:
-        killed.setattr(assign, "_put_back", lambda *arguments: [])
+        killed.setattr(assign, "_put_back", lambda *arguments, **named: [])
         killed.setattr(assign, "_forget", lambda *arguments: None)
         with pytest.raises(Killed):
             bind_much(host)

@@ -323,3 +323,10 @@ def test_pci_ids_names_vendors_devices_and_classes(tmp_path):
 def test_without_pci_ids_nothing_has_a_name(tmp_path):
     names = pciids.load((tmp_path / "absent",))
     assert (names.vendor(0x14E4), names.device(0x14E4, 0x1657), names.device_class(0x020000)) == (None, None, None)
+
+
+def test_slots_tell_where_they_are():
+    host = Host(Function("0001:01:00.0", slot="C5"), Function("0001:01:00.1", slot="C5"), Function("0002:00:00.0"))
+    assert sysfs.slots(host) == {"C5": "0001:01:00"}
+    host.unplug("0001:01:00.0")
+    assert sysfs.slots(host) == {"C5": "0001:01:00"}

@@ -182,7 +182,9 @@ def test_text_that_is_not_toml_tells_its_line() -> None:
 
 def test_unknown_key_tells_file_line_and_key() -> None:
     source = GOOD.replace("levels = 5", "levels = 5\nlevel = 5")
-    assert refused(source) == f"machine.toml:{line_of(source, 'level =')}: iommu.level: unknown key"
+    assert (
+        refused(source) == f"machine.toml:{line_of(source, 'level =')}: iommu.level: unknown key; did you mean levels?"
+    )
 
 
 def test_unknown_key_of_the_second_phb_tells_the_right_line() -> None:

@@ -14,12 +14,12 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from vfio import address as addresses
 from vfio import changes as change
-from vfio import errors, holders, journal, owner, plan, sysfs
+from vfio import errors, holders, journal, owner, persist, plan, sysfs
 from vfio.backend import Backend, default, missing
 
 _POLL_SECONDS = 0.1
@@ -51,7 +51,7 @@ def bind(
         return planned
     with journal.locked(backend) as book:
         planned = plan.bind(backend, wanted, whole_group, to, force)
-        _carry_out(backend, book, planned)
+        carry_out(backend, book, planned)
     return planned
 
 
@@ -69,9 +69,9 @@ def unbind(
     if dry_run:
         return planned
     groups = [each.device.group for each in planned.moves if each.device.on_vfio]
-    with _nobody_has(backend, groups, wait), journal.locked(backend) as book:
+    with nobody_has(backend, groups, wait), journal.locked(backend) as book:
         planned = plan.unbind(backend, wanted)
-        _carry_out(backend, book, planned)
+        carry_out(backend, book, planned)
     return planned
 
 
@@ -98,7 +98,7 @@ def restore(
     with contextlib.ExitStack() as stack:
         for group in dict.fromkeys(move.device.group for move in planned.moves if move.device.on_vfio):
             try:
-                stack.enter_context(_nobody_has(backend, [group], wait))
+                stack.enter_context(nobody_has(backend, [group], wait))
             except OSError as error:
                 held[group] = error
         known, book = book, stack.enter_context(journal.locked(backend))
@@ -153,8 +153,11 @@ def _unique(wanted: Iterable[str]) -> list[str]:
 # --- Carrying out -------------------------------------------------------------------------------------------------
 
 
-def _carry_out(backend: Backend, book: journal.Journal, planned: plan.Plan) -> None:
-    """Make the changes; if one fails, put back those made before it."""
+def carry_out(backend: Backend, book: journal.Journal, planned: plan.Plan, held: Collection[int | None] = ()) -> None:
+    """Make the changes; if one fails, put back those made before it, and note in the plan what was.
+
+    `held` are groups that the caller has open (`nobody_has`).  Raises what failed, or `errors.NotPutBack`.
+    """
     plan.note_stale(planned, book)
     for move in planned.moves:
         book.devices.setdefault(move.device.address, move.before)
@@ -163,6 +166,8 @@ def _carry_out(backend: Backend, book: journal.Journal, planned: plan.Plan) -> N
     book.save()
     moved: list[plan.Move] = []
     try:
+        for file in planned.files:
+            file.make()
         for move in planned.moves:
             moved.append(move)
             _make(backend, move.steps)
@@ -171,13 +176,44 @@ def _carry_out(backend: Backend, book: journal.Journal, planned: plan.Plan) -> N
         for gift in planned.gifts:
             _make(backend, gift.steps)
     except BaseException as error:
-        failures = _put_back(backend, moved, planned.nodes)
+        changed = _changed(backend, planned)
+        failures = _put_back(backend, moved, planned.nodes, held=held) + _take_back(planned.files)
+        failed = {name for name, _ in failures}
+        planned.put_back = [name for name in changed if name not in failed]
         if failures and isinstance(error, OSError):
             raise errors.NotPutBack(error, failures) from error
         raise
+    else:
+        for move in planned.moves:
+            if move.probe:  # it is the host's now, and there is nothing to go back to
+                del book.devices[move.device.address]
     finally:
         _forget(backend, book, planned)
         book.save()
+
+
+def _changed(backend: Backend, planned: plan.Plan) -> list[str]:
+    """The devices, nodes and files of a plan that are not as they were before it."""
+    found: list[str] = []
+    with contextlib.suppress(OSError):  # it is for a message
+        found += [file.path for file in planned.files if file.made]
+        found += [move.device.address for move in planned.moves if not _is_back(backend, move.before)]
+        for node in planned.nodes:
+            if plan.node_state(backend, node.group) not in (None, node):
+                found.append(sysfs.node(node.group))
+    return found
+
+
+def _take_back(files: Sequence[persist.FileChange]) -> list[tuple[str, OSError]]:
+    """Give files their former content.  Returns what could not be done, and why."""
+    failures: list[tuple[str, OSError]] = []
+    for file in reversed(files):
+        try:
+            if file.made:
+                file.undo()
+        except OSError as error:
+            failures.append((file.path, error))
+    return failures
 
 
 def _make(backend: Backend, steps: Iterable[change.Change]) -> None:
@@ -186,15 +222,23 @@ def _make(backend: Backend, steps: Iterable[change.Change]) -> None:
 
 
 def _put_back(
-    backend: Backend, moved: Sequence[plan.Move], nodes: Sequence[journal.NodeState], wait: float = 0.0
+    backend: Backend,
+    moved: Sequence[plan.Move],
+    nodes: Sequence[journal.NodeState],
+    wait: float = 0.0,
+    held: Collection[int | None] = (),
 ) -> list[tuple[str, OSError]]:
-    """Take back these moves, the last one first, then the nodes.  Returns what could not be done, and why."""
+    """Take back these moves, the last one first, then the nodes.  Returns what could not be done, and why.
+
+    Nobody else has the groups in `held`.
+    """
     failures: list[tuple[str, OSError]] = []
     for move in reversed(moved):
         try:
             now = sysfs.device(backend, move.device.address)
-            groups = [now.group] if now.on_vfio and now.driver != move.device.driver else []
-            with _nobody_has(backend, groups, wait):
+            leaves = now.on_vfio and now.driver != move.device.driver and now.group not in held
+            groups = [now.group] if leaves else []
+            with nobody_has(backend, groups, wait):
                 _return(backend, move.before)
         except OSError as error:
             failures.append((move.device.address, error))
@@ -247,7 +291,7 @@ def _is_back(backend: Backend, state: journal.DeviceState) -> bool:
 
 
 @contextlib.contextmanager
-def _nobody_has(backend: Backend, groups: Iterable[int | None], wait: float) -> Iterator[None]:
+def nobody_has(backend: Backend, groups: Iterable[int | None], wait: float) -> Iterator[None]:
     """No process has these groups open, now or while the context lasts.
 
     A group can be opened once: so we open it ourselves.  That does not keep its devices from being unbound, as an

@@ -6,6 +6,7 @@ what a container is.  A backend is chosen by a URL::
     kernel:              the real calls (the default)
     trace:URL            any other backend, each call printed to standard error
     fake:MACHINE         a kernel modelled in Python, in this process (fake:power8?page_size=65536&kernel=7.2)
+    unix:PATH            such a kernel in a process of its own, shared by many programs (vfio fake serve)
     SCHEME:...           a backend that an installed package offers under the entry-point group ``vfio.backends``
 
 The environment variable ``VFIO_BACKEND`` names the URL where a program names none.
@@ -216,6 +217,10 @@ def open_backend(url: str | None = None) -> Backend:
         from vfio.fake.backend import from_url
 
         return from_url(url)
+    if scheme == "unix":
+        from vfio.backends import remote
+
+        return remote.from_url(url)
     return _third_party(scheme, url)
 
 
@@ -227,7 +232,7 @@ def _third_party(scheme: str, url: str) -> Backend:
         if entry.name == scheme:
             backend: Backend = entry.load()(url)
             return backend
-    known = sorted({"fake", "kernel", "trace", *(entry.name for entry in found)})
+    known = sorted({"fake", "kernel", "trace", "unix", *(entry.name for entry in found)})
     raise errors.NoSuchBackend(url, f"known schemes are {', '.join(known)}")
 
 

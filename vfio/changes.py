@@ -84,10 +84,11 @@ class Chmod:
 
 @dataclass(frozen=True)
 class Probe:
-    """The kernel looks for a driver for a driverless device; `driver` is the one that has to take it."""
+    """The kernel looks for a driver for a driverless device."""
 
     address: str
-    driver: str
+    driver: str | None
+    """The one that has to take it; None: whichever fits may, or none."""
 
     def make(self, backend: Backend) -> None:
         # drivers_probe hides why a probe failed (EINVAL for all), and that nothing matched (no error at all).
@@ -96,7 +97,7 @@ class Probe:
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-        if sysfs.driver_of(backend, self.address) != self.driver:
+        if self.driver is not None and sysfs.driver_of(backend, self.address) != self.driver:
             Bind(self.address, self.driver).make(backend)
 
     def shell(self) -> str:
@@ -183,8 +184,11 @@ def new_id(device: sysfs.PciDevice) -> str:
     return " ".join(f"{number:04x}" for number in ids)
 
 
-def moves(device: sysfs.PciDevice, driver: str | None, override: str | None) -> list[Change]:
-    """What takes the device from where it is to a driver (or to none) with this driver_override; may be nothing."""
+def moves(device: sysfs.PciDevice, driver: str | None, override: str | None, probe: bool = False) -> list[Change]:
+    """What takes the device from where it is to a driver (or to none) with this driver_override; may be nothing.
+
+    `probe`: from none, the kernel then looks for a driver of its own choice.
+    """
     address = device.address
     changes: list[Change] = []
     now = device.driver_override
@@ -208,6 +212,8 @@ def moves(device: sysfs.PciDevice, driver: str | None, override: str | None) -> 
             else:
                 changes.append(Bind(address, driver))
     set_override(override)
+    if probe:
+        changes.append(Probe(address, None))
     return changes
 
 

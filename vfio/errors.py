@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno as E
 import os
+import shlex
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -67,6 +68,46 @@ class NoSuchBackend(VfioError, ValueError):
         super().__init__(
             E.EINVAL, f"no backend {url!r}", why, "set VFIO_BACKEND or --backend to kernel: or leave it out"
         )
+
+
+class NoServer(NoSuchBackend):
+    """Nobody serves a modelled kernel at this socket."""
+
+    def __init__(self, url: str, path: str) -> None:
+        super().__init__(url, f"nobody serves at {path}")
+        self.remedy = f'start a server:  eval "$(vfio fake serve --detach --socket {shlex.quote(path)})"'
+
+
+class AlreadyServed(VfioError):
+    """There is a server at the socket."""
+
+    def __init__(self, path: str, pid: int) -> None:
+        self.pid = pid
+        super().__init__(
+            E.EADDRINUSE,
+            f"cannot serve at {path}",
+            f"process {pid} does",
+            f"end it:  vfio fake stop --socket {shlex.quote(path)};  or serve elsewhere:  --socket PATH",
+        )
+
+
+class ServerGone(VfioError):
+    """The server of the modelled kernel has ended, and its machine with it."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(
+            E.ENOTCONN,
+            f"the machine at {path} is gone",
+            "its server has ended, or has ended the connection",
+            "vfio fake serve starts another, with a machine that remembers nothing",
+        )
+
+
+class ServerRefused(VfioError):
+    """The server of the modelled kernel does not serve this program."""
+
+    def __init__(self, path: str, errno: int, why: str, remedy: str) -> None:
+        super().__init__(errno, f"the server at {path} refuses this program", why, remedy)
 
 
 # --- The host -------------------------------------------------------------------------------------------------------
@@ -473,6 +514,28 @@ class NotPutBack(VfioError):
             + "; ".join(f"{name}: {_short(error)}" for name, error in failures),
             "the journal keeps what is left: vfio restore --all tries again",
         )
+
+
+class RolledBack(VfioError):
+    """A change failed, and all that had been changed until then was put back."""
+
+    def __init__(self, cause: OSError, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        """What was put back: addresses of devices, and paths of nodes and files."""
+        mends = f"{cause.remedy}\n  " if isinstance(cause, VfioError) and cause.remedy else ""
+        super().__init__(
+            cause.errno or E.EIO,
+            cause.what if isinstance(cause, VfioError) else str(cause.filename or "the change failed"),
+            cause.why if isinstance(cause, VfioError) else cause.strerror or str(cause),
+            mends + (f"put back as before: {', '.join(names)}" if names else "nothing had been changed"),
+        )
+
+
+class BadPlan(VfioError, ValueError):
+    """A plan that breaks a rule, or that does not fit this host; nothing was changed."""
+
+    def __init__(self, where: str, rule: str) -> None:
+        super().__init__(E.EINVAL, where, rule, "nothing was changed")
 
 
 def _short(error: OSError) -> str:

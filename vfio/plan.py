@@ -6,12 +6,45 @@ A plan says how things were and will be; `vfio.assign` carries it out, and a dry
 from __future__ import annotations
 
 import errno
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from vfio import changes as change
-from vfio import errors, journal, owner, sysfs, usage
+from vfio import errors, journal, owner, persist, sysfs, usage
 from vfio.backend import Backend, missing
+
+NONE = "none"
+"""As a driver: no driver at all."""
+HOST = "host"
+"""As a driver: the one that the device had before it was first taken from the host."""
+
+
+class Target(NamedTuple):
+    """Where a device is to be."""
+
+    device: sysfs.PciDevice
+    """As it is."""
+    driver: str
+    """The name of a driver, or `NONE` or `HOST`."""
+
+
+class Access(NamedTuple):
+    """Who may open a group; what is None stays as it is."""
+
+    uid: int | None = None
+    gid: int | None = None
+    mode: int | None = None
+    """Permission bits."""
+
+    def of(self, node: journal.NodeState) -> journal.NodeState:
+        """The node with this access."""
+        return journal.NodeState(
+            node.group,
+            node.uid if self.uid is None else self.uid,
+            node.gid if self.gid is None else self.gid,
+            node.mode if self.mode is None else self.mode,
+        )
 
 
 @dataclass(frozen=True)
@@ -22,11 +55,13 @@ class Move:
     """As it was before."""
     driver: str | None
     override: str | None
+    probe: bool = False
+    """Whether the kernel then looks for a driver of its own choice; with `driver` None."""
 
     @property
     def steps(self) -> list[change.Change]:
         """The changes, in order."""
-        return change.moves(self.device, self.driver, self.override)
+        return change.moves(self.device, self.driver, self.override, self.probe)
 
     @property
     def before(self) -> journal.DeviceState:
@@ -71,11 +106,15 @@ class Plan:
     """How the nodes of all these groups were before; a node comes and goes with the group's first and last device."""
     notes: list[str] = field(default_factory=list)
     """What else the caller should know, as sentences."""
+    files: list[persist.FileChange] = field(default_factory=list)
+    """What makes it survive a reboot; written before anything moves, so that udev goes by it from then on."""
+    put_back: list[str] = field(default_factory=list)
+    """Addresses, nodes and files that were changed, and put back when a later change failed."""
 
     def shell(self) -> list[str]:
         """The equivalent shell commands."""
         steps = [move.steps for move in self.moves] + [gift.steps for gift in self.gifts]
-        return [step.shell() for each in steps for step in each]
+        return [file.shell() for file in self.files] + [step.shell() for each in steps for step in each]
 
 
 def bind(backend: Backend, wanted: Sequence[str], whole_group: bool, to: owner.Owner | None, force: bool) -> Plan:
@@ -93,26 +132,78 @@ def bind(backend: Backend, wanted: Sequence[str], whole_group: bool, to: owner.O
         for group in groups:
             members = sysfs.group_devices(backend, group)
             chosen |= {each.address: each for each in members if not each.is_bridge and each.address not in chosen}
-    moving = [device for device in chosen.values() if not device.on_vfio]
-    if moving and not sysfs.driver_loaded(backend, change.VFIO_PCI):
-        raise errors.ModuleMissing(f"cannot bind {moving[0].address}", change.VFIO_PCI)
+    access = {} if to is None else dict.fromkeys(groups, Access(to.uid, to.gid))
+    return assign(backend, {}, [Target(device, change.VFIO_PCI) for device in chosen.values()], access, force)
+
+
+def assign(
+    backend: Backend,
+    before: Mapping[str, journal.DeviceState],
+    targets: Iterable[Target],
+    access: Mapping[int, Access],
+    force: bool,
+    command: str = "bind",
+) -> Plan:
+    """Each device to its driver, and groups to who is to have them; `before` is what the journal knows of devices.
+
+    A device on a variant driver of vfio-pci that is to be on vfio-pci stays.  Raises `errors.ModuleMissing` and
+    `errors.Refused`, for a device that the host has in use unless `force`; `command` is what a user would repeat then.
+    """
+    targets = list(targets)
+    moves = [move for target in targets if (move := _move(before, target)) is not None]
+    for move in moves:
+        if move.driver is not None and not sysfs.driver_loaded(backend, move.driver):
+            raise errors.ModuleMissing(f"cannot bind {move.device.address}", move.driver)
+    moving = [move.device for move in moves]
     if not force:
-        _refuse_what_is_in_use(backend, moving)
-    _refuse_to_catch_others(backend, moving)
-    planned = Plan([Move(device, change.VFIO_PCI, change.VFIO_PCI) for device in moving])
-    if to is not None:
-        for group in groups:
-            before = node_state(backend, group) or journal.NodeState(group)
-            after = replace(before, uid=to.uid, gid=before.gid if to.gid is None else to.gid)
-            if after != before:
-                planned.gifts.append(Gift(before, after))
+        _refuse_what_is_in_use(backend, moving, command)
+    _refuse_to_catch_others(backend, [move.device for move in moves if move.driver == change.VFIO_PCI])
+    # Those that come to VFIO first: then the node of a group that also loses a device stays.
+    planned = Plan(sorted(moves, key=lambda move: move.driver != change.VFIO_PCI))
+    for group, wanted in access.items():
+        comes = any(move.device.group == group and move.driver == change.VFIO_PCI for move in planned.moves)
+        goes = not comes and _goes(backend, group, planned.moves)  # and perhaps comes anew, with another VFIO driver
+        now = (None if goes else node_state(backend, group)) or journal.NodeState(group)
+        if wanted.of(now) != now:
+            planned.gifts.append(Gift(now, wanted.of(now)))
     _add_nodes(backend, planned)
-    for group in groups:
+    _note_blockers(backend, planned, [target.device for target in targets if target.driver == change.VFIO_PCI], moving)
+    return planned
+
+
+def _move(before: Mapping[str, journal.DeviceState], target: Target) -> Move | None:
+    """What brings a device to its driver; None where it is there."""
+    device, driver = target
+    state = before.get(device.address)
+    if driver == HOST and state is not None:
+        move = Move(device, state.driver, state.override)
+        return move if move.steps else None
+    if driver == HOST:
+        return Move(device, None, None, probe=True) if device.on_vfio else None
+    if driver == NONE:
+        return None if device.driver is None else _release(device)
+    if device.driver == driver or (device.on_vfio and driver == change.VFIO_PCI):
+        return None
+    return Move(device, driver, driver)
+
+
+def _release(device: sysfs.PciDevice) -> Move:
+    """To no driver; an override that would bring it back goes, another stays."""
+    override = device.driver_override
+    return Move(device, None, None if override in (change.VFIO_PCI, device.driver) else override)
+
+
+def _note_blockers(
+    backend: Backend, planned: Plan, chosen: Iterable[sysfs.PciDevice], moving: Collection[sysfs.PciDevice]
+) -> None:
+    """Tell which groups will not be viable yet."""
+    for group in dict.fromkeys(device.group for device in chosen):
+        if group is None:
+            continue
         blockers = [each for each in sysfs.blockers(backend, group) if each.address not in {d.address for d in moving}]
         if blockers:
             error = errors.GroupNotViable(group, blockers)
             planned.notes.append(f"{error.what} yet: {error.why}; {error.remedy}")
-    return planned
 
 
 def _add_nodes(backend: Backend, planned: Plan) -> None:
@@ -122,14 +213,14 @@ def _add_nodes(backend: Backend, planned: Plan) -> None:
             planned.nodes.append(node_state(backend, group) or journal.NodeState(group))
 
 
-def _refuse_what_is_in_use(backend: Backend, moving: Sequence[sysfs.PciDevice]) -> None:
+def _refuse_what_is_in_use(backend: Backend, moving: Sequence[sysfs.PciDevice], command: str) -> None:
     uses = usage.of_devices(backend) if any(device.driver for device in moving) else {}
     refused = {device.address: uses[device.address] for device in moving if device.address in uses}
     if refused:
         raise errors.Refused(
             f"cannot bind {', '.join(refused)}: the host has it in use",
             "; ".join(f"{address}: {', '.join(phrases)}" for address, phrases in refused.items()),
-            "put it out of use first (umount, swapoff, ip link set ... down), or insist: vfio bind --force",
+            f"put it out of use first (umount, swapoff, ip link set ... down), or insist: vfio {command} --force",
         )
 
 
@@ -161,9 +252,7 @@ def unbind(backend: Backend, wanted: Sequence[str]) -> Plan:
                 "vfio unbind releases devices from VFIO only",
                 errno.EINVAL,
             )
-        override = device.driver_override
-        ours = override in (change.VFIO_PCI, device.driver)
-        move = Move(device, None, None if ours else override)
+        move = _release(device)
         if move.steps:
             planned.moves.append(move)
     _add_nodes(backend, planned)

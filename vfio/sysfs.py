@@ -17,6 +17,7 @@ from vfio.backend import Backend, missing
 DEVICES = "/sys/bus/pci/devices"
 DRIVERS = "/sys/bus/pci/drivers"
 GROUPS = "/sys/kernel/iommu_groups"
+SLOTS = "/sys/bus/pci/slots"
 
 # Drivers that leave DMA to the user of the group: the kernel sets driver_managed_dma for them (and for VFIO drivers).
 _HARMLESS_DRIVERS = frozenset({"pci-stub", "pcieport"})
@@ -55,6 +56,11 @@ class PciDevice(NamedTuple):
     """POWER: the partitionable endpoint, the unit that EEH isolates and recovers."""
     vfio_dev: str | None
     """Its name in /sys/class/vfio-dev while a VFIO driver has it."""
+
+    @property
+    def id(self) -> str:
+        """``vendor:device``, in hex."""
+        return f"{self.vendor:04x}:{self.device:04x}"
 
     @property
     def on_vfio(self) -> bool:
@@ -120,6 +126,21 @@ def on_power(backend: Backend) -> bool:
 def driver_loaded(backend: Backend, driver: str) -> bool:
     """Whether the driver is registered with the PCI bus."""
     return backend.exists(f"{DRIVERS}/{driver}")
+
+
+def module_of(backend: Backend, driver: str) -> str | None:
+    """The kernel module that the driver is in; None for one that is built in, or not loaded."""
+    return _link(backend, f"{DRIVERS}/{driver}/module")
+
+
+def slots(backend: Backend) -> dict[str, str | None]:
+    """The physical slots by name: where in PCI each is (``dddd:bb:dd``, all functions there); None for one where that is
+    not known, because it is empty.
+
+    A host shows its slots once it has the driver for them: pnv-php, or rpaphp in a PAPR guest.  (drivers/pci/slot.c)
+    """
+    found = {name: _text(backend, f"{SLOTS}/{name}/address") for name in _names(backend, SLOTS)}
+    return {name: where if where and where.count(":") == 2 else None for name, where in found.items()}
 
 
 def driver_of(backend: Backend, address: str) -> str | None:

@@ -206,6 +206,7 @@ class Device:
     driver: str | None = None  # of the host's, that has it after boot
     driver_override: str | None = None  # that was written before
     overridable: bool = True  # whether there is a driver_override file (kernels before 3.16 have none)
+    physical_slot: str | None = None  # name of the slot of the host's that it is in
     interfaces: tuple[Interface, ...] = ()
     disks: tuple[Disk, ...] = ()
 
@@ -481,6 +482,7 @@ def _device(table: Table, domain: int, on_bus: bool) -> Device:
         driver=table.optional_name("driver"),
         driver_override=table.optional_name("driver_override"),
         overridable=table.boolean("overridable") if table.has("overridable") else True,
+        physical_slot=table.optional_name("physical_slot"),
         interfaces=tuple(_interface(each) for each in table.optional_tables("interfaces")),
         disks=tuple(_disk(each) for each in table.optional_tables("disks")),
     )

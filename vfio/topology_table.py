@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,19 @@ class TopologyError(ValueError):
 
 @dataclass(frozen=True)
 class Origin:
-    """The text that a topology comes from, to say where in it a key is."""
+    """The text that tables come from, to say where in it a key is."""
 
     file: str
     source: str
+    raises: Callable[[str, str], ValueError] = lambda where, rule: TopologyError(f"{where}: {rule}")
+    """Makes the error from where it is (file, line and key) and the rule that is broken."""
+
+    def error(self, path: tuple[str | int, ...], rule: str) -> ValueError:
+        """The error that the key at `path` breaks a rule."""
+        dotted = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
+        line = self.line(path)
+        where = self.file if line is None else f"{self.file}:{line}"
+        return self.raises(f"{where}: {dotted}", rule)
 
     def line(self, path: tuple[str | int, ...]) -> int | None:
         """The line of the key at `path`, of the nearest table above it where it has no line of its own, or None."""
@@ -36,6 +45,8 @@ class Origin:
                     if here in counts:
                         here += (counts[here],)
                 candidate = here
+                if best is None and path == here[:-1] and header[1] == "[[":  # the list itself
+                    return number
             elif key := re.match(r"\s*([\w-]+)\s*=", line):
                 candidate = (*here, key[1])
             else:
@@ -50,10 +61,12 @@ class Table:
 
     def __init__(self, data: dict[str, Any], path: tuple[str | int, ...], origin: Origin) -> None:
         self._left = dict(data)
+        self._known: list[str] = []
         self._path = path
         self._origin = origin
 
     def has(self, key: str) -> bool:
+        self._known.append(key)
         return key in self._left
 
     def text(self, key: str, one_of: tuple[str, ...] = ()) -> str:
@@ -61,6 +74,10 @@ class Table:
         if one_of and value not in one_of:
             raise self.error(key, f"{value!r} is not one of {', '.join(one_of)}")
         return str(value)
+
+    def is_text(self, key: str) -> bool:
+        """Whether the key is there and a string, for one that may be something else."""
+        return self.has(key) and isinstance(self._left[key], str)
 
     def integer(self, key: str, minimum: int = 0, maximum: int = (1 << 63) - 1) -> int:
         value = self._take(key, int, "an integer")
@@ -125,16 +142,16 @@ class Table:
     def end(self) -> None:
         """Everything must have been asked for."""
         for key in self._left:
-            raise self.error(key, "unknown key")
+            import difflib  # only where somebody mistyped
 
-    def error(self, key: str | tuple[str | int, ...], rule: str) -> TopologyError:
-        path = (*self._path, *((key,) if isinstance(key, str) else key))
-        dotted = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
-        line = self._origin.line(path)
-        where = self._origin.file if line is None else f"{self._origin.file}:{line}"
-        return TopologyError(f"{where}: {dotted}: {rule}")
+            near = difflib.get_close_matches(key, self._known, n=1)
+            raise self.error(key, f"unknown key; did you mean {near[0]}?" if near else "unknown key")
+
+    def error(self, key: str | tuple[str | int, ...], rule: str) -> ValueError:
+        return self._origin.error((*self._path, *((key,) if isinstance(key, str) else key)), rule)
 
     def _take(self, key: str, kind: type, what: str) -> Any:
+        self._known.append(key)
         if key not in self._left:
             raise self.error(key, f"missing; it must be {what}")
         value = self._left.pop(key)

@@ -3,8 +3,13 @@
 import json
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import click
+
+from simtests.bench import many
+from vfio.backends import remote, remote_url
 
 Figures = dict[str, float | None]
 
@@ -26,23 +31,40 @@ def _shown(name: str, value: float | None) -> str:
     return f"{value:.0f} bytes" if name.startswith("bytes") else f"{value * 1e6:.1f} us"
 
 
+def served(measure: list[str]) -> tuple[Figures, str]:
+    """The figures of the same machine through a socket, and what many clients get from it."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "socket")
+        machine = _URL.removeprefix("fake:")
+        serve = [sys.executable, "-m", "vfio_cli.main", "fake", "serve", "--detach", "--machine", machine]
+        subprocess.run([*serve, "--socket", path], stdout=subprocess.DEVNULL, check=True)
+        try:
+            url = remote_url.make(str(path), 0)
+            return figures([sys.executable, *measure, url, _ADDRESS]), many.told(url)
+        finally:
+            remote.stop(str(path))
+
+
 @click.command()
 @click.option("--beside", metavar="TARGET", help="Make the same calls on this target of the lab.")
 def main(beside: str | None) -> None:
-    """Print what calls cost on the fake (fake:power8), and on a real kernel."""
+    """Print what calls cost on the fake (fake:power8), on the same machine served, and on a real kernel."""
     measure = ["-m", "simtests.bench.measure"]
-    fake = figures([sys.executable, *measure, _URL, _ADDRESS])
-    real: Figures = {}
+    columns = {"fake": figures([sys.executable, *measure, _URL, _ADDRESS])}
+    columns["served"], clients = served(measure)
     if beside:
         lab = [sys.executable, "-m", "hwtests.lab", "run", beside, "--", "python3"]
-        real = figures([*lab, *measure, "kernel:", _ADDRESS])
-    width = max(map(len, fake))
-    click.echo(f"{'':{width}}  {'fake':>12}  {f'kernel, {beside}' if beside else '':>22}")
-    for name, value in fake.items():
-        click.echo(f"{name:{width}}  {_shown(name, value):>12}  {_shown(name, real.get(name)) if beside else '':>22}")
-    one = fake["map or unmap one page, a call"]
+        columns[f"kernel, {beside}"] = figures([*lab, *measure, "kernel:", _ADDRESS])
+    names = list(columns["fake"])
+    width = max(map(len, names))
+    click.echo(f"{'':{width}}" + "".join(f"  {title:>16}" for title in columns))
+    for name in names:
+        cells = (_shown(name, figures_.get(name)) for figures_ in columns.values())
+        click.echo(f"{name:{width}}" + "".join(f"  {cell:>16}" for cell in cells))
+    one = columns["fake"]["map or unmap one page, a call"]
     if one:
         click.echo(f"{1 / one:,.0f} map or unmap calls a second on the fake")
+    click.echo(clients)
 
 
 if __name__ == "__main__":

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
 
 import vfio
+from simtests.conformance import modules
 from simtests.conformance.areas import Area
 from simtests.conformance.fixtures import area, other_program, program, v1, v2
-from simtests.conformance.processes import another_process
+from simtests.conformance.processes import another_process, fork
 from simtests.conformance.raw import Member
-from vfio.backend import open_backend
+from simtests.conformance.served import ServedMachine
+from vfio.backend import Backend, open_backend
+from vfio.backends.remote import RemoteBackend
+from vfio.fake import presets
 from vfio.fake.backend import FakeBackend
 from vfio.fake.fault import BusError, SegmentationFault
+from vfio.fake.machine import Machine
 from vfio.topology import Topology
 
-__all__ = ["another_process", "area", "other_program", "program", "v1", "v2"]  # fixtures, found here by name
+__all__ = ["another_process", "area", "fork", "other_program", "program", "v1", "v2"]  # fixtures, found here by name
 
 _TARGETS = {
     "power8": "powernv8",
@@ -30,6 +36,9 @@ _TARGETS = {
 _FOR_SOME = {"siblings": "siblings"}
 """Those for the cases that name them alone."""
 
+_SERVED = ("power8", "power8?page_size=65536", "pseries")
+"""Those that the cases run on once more, through a socket: unix:PRESET."""
+
 
 @dataclass(frozen=True)
 class FakeTarget:
@@ -37,6 +46,7 @@ class FakeTarget:
 
     name: str  # of the lab's target that it is like
     url: str
+    served: ServedMachine | None
     page_size: int  # bytes
     platform: str  # "PowerNV" or "pSeries"
     topology: Topology
@@ -59,18 +69,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "target" in metafunc.fixturenames:
         marks = [set(mark.args) for mark in metafunc.definition.iter_markers("targets")]
         presets = _TARGETS | _FOR_SOME if marks else _TARGETS
-        chosen = [preset for preset, like in presets.items() if all(like in names for names in marks)]
-        metafunc.parametrize("target", chosen, indirect=True, ids=[f"fake:{preset}" for preset in chosen])
+        everywhere = [f"fake:{preset}" for preset in presets] + [f"unix:{preset}" for preset in _SERVED]
+        if "fork" in metafunc.fixturenames:  # a machine in this process would be forked as well
+            everywhere = [name for name in everywhere if name.startswith("unix:")]
+        chosen = [name for name in everywhere if all(presets[name[5:]] in names for names in marks)]
+        metafunc.parametrize("target", chosen, indirect=True, ids=chosen)
 
 
 @pytest.fixture
 def target(request: pytest.FixtureRequest) -> FakeTarget:
     """What the case runs on."""
-    url = f"fake:{request.param}"
-    machine = _open(url).machine
+    scheme, _, preset = request.param.partition(":")
+    machine = _described(preset)
+    served = request.getfixturevalue("servers")(preset) if scheme == "unix" else None
     return FakeTarget(
-        (_TARGETS | _FOR_SOME)[request.param],
-        url,
+        (_TARGETS | _FOR_SOME)[preset],
+        f"fake:{preset}",
+        served,
         machine.page_size,
         machine.topology.platform.name,
         machine.topology,
@@ -78,23 +93,41 @@ def target(request: pytest.FixtureRequest) -> FakeTarget:
     )
 
 
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], ServedMachine]]:
+    """The served machine of a preset; its server lasts for the session."""
+    started: dict[str, ServedMachine] = {}
+
+    def start(preset: str) -> ServedMachine:
+        if preset not in started:
+            started[preset] = ServedMachine(preset, tmp_path_factory.mktemp("served") / "socket")
+        return started[preset]
+
+    yield start
+    for each in started.values():
+        each.end()
+
+
 @pytest.fixture
-def backend(target: FakeTarget, request: pytest.FixtureRequest) -> Iterator[FakeBackend]:
+def backend(target: FakeTarget, request: pytest.FixtureRequest) -> Iterator[FakeBackend | RemoteBackend]:
     """A machine of its own for each case, on which nothing is left when the case ends."""
-    backend = _open(target.url)
+    backend = target.served.renew() if target.served else _open(target.url)
     yield backend
     if request.node.get_closest_marker("leaks") is None:
-        assert backend.leaks() == []
+        assert (target.served.ask("leaks") if target.served else _leaks(backend)) == []
+    if isinstance(backend, RemoteBackend):
+        backend.exit()
 
 
 @pytest.fixture
-def mixed(backend: FakeBackend, area: Callable[..., Area]) -> Callable[[int], int]:
+def mixed(backend: FakeBackend | RemoteBackend, area: Callable[..., Area]) -> Callable[[int], int]:
     """Makes 32 MiB of which that half (0 or 1) is a huge page of 16 MiB and the other ordinary pages; the address."""
     half = 16 << 20
 
     def make(huge_half: int) -> int:
         address: int = area(2 * half // backend.page_size, half).address
-        backend.process.memory.add_large(address + huge_half * half, half, half)
+        space = backend if isinstance(backend, RemoteBackend) else backend.process.memory
+        space.add_large(address + huge_half * half, half, half)
         return address
 
     return make
@@ -107,13 +140,13 @@ def device_address(target: FakeTarget) -> str:
 
 
 @pytest.fixture
-def member(backend: FakeBackend, target: FakeTarget, device_address: str) -> Member:
+def member(backend: Backend, target: FakeTarget, device_address: str) -> Member:
     """The device to work with, on vfio-pci."""
     return _bound(backend, target, device_address)
 
 
 @pytest.fixture
-def second(backend: FakeBackend, target: FakeTarget, member: Member) -> Member:
+def second(backend: Backend, target: FakeTarget, member: Member) -> Member:
     """A device of another group, on vfio-pci."""
     return _bound(backend, target, second_address(target.topology, member.group))
 
@@ -125,30 +158,37 @@ def bound_address(member: Member) -> str:
 
 
 @pytest.fixture
-def two_edus(backend: FakeBackend, target: FakeTarget) -> list[str]:
+def two_edus(backend: Backend, target: FakeTarget) -> list[str]:
     """Addresses of two edus in groups of their own, on vfio-pci."""
     found = [device.address for device in target.topology.devices if device.model == "edu"][:2]
     return [_bound(backend, target, address).address for address in found]
 
 
 @pytest.fixture
-def load_driver(backend: FakeBackend) -> Iterator[Callable[[str], None]]:
+def load_driver(backend: Backend, target: FakeTarget) -> Iterator[Callable[[str], None]]:
     """Loads drivers of the host, which take the free devices that they match; they are unloaded afterwards."""
     loaded: list[str] = []
 
+    def change(what: str, name: str) -> None:
+        if target.served:
+            target.served.ask(what, name)
+        else:
+            assert isinstance(backend, FakeBackend)
+            getattr(backend.machine.driver_core, what)(name)
+
     def load(name: str) -> None:
-        backend.machine.driver_core.load(name)
+        change("load", name)
         loaded.append(name)
 
     yield load
     for name in reversed(loaded):
-        backend.machine.driver_core.unload(name)
+        change("unload", name)
 
 
 @pytest.fixture
-def iommu_module(backend: FakeBackend) -> Iterator[IommuModule]:
+def iommu_module(backend: Backend, target: FakeTarget) -> Iterator[IommuModule]:
     """The module with VFIO's IOMMU driver; loaded again afterwards."""
-    module = IommuModule(backend)
+    module = IommuModule(target.served.ask if target.served else functools.partial(_change_module, backend))
     yield module
     module.load()
 
@@ -170,7 +210,7 @@ def killed_by() -> Callable[[Callable[[], object]], str | None]:
 
 
 @pytest.fixture
-def device(backend: FakeBackend, bound_address: str) -> Iterator[vfio.Device]:
+def device(backend: Backend, bound_address: str) -> Iterator[vfio.Device]:
     """The device to work with, open."""
     with vfio.open_device(bound_address, backend) as device:
         yield device
@@ -185,19 +225,20 @@ def edu_driver(device: vfio.Device) -> vfio.drivers.edu.Edu:
 class IommuModule:
     """modprobe of the module with VFIO's IOMMU driver."""
 
-    def __init__(self, backend: FakeBackend) -> None:
-        self._core = backend.machine.vfio
-        self._drivers = list(self._core.iommu_drivers)
+    def __init__(self, ask: Callable[[str], str | None]) -> None:
+        self._ask = ask
 
     def unload(self) -> str | None:
         """None, or the errno: EAGAIN while a container uses it."""
-        if any(container.iommu for container in self._core.containers):
-            return "EAGAIN"
-        self._core.iommu_drivers.clear()
-        return None
+        return self._ask("unload_iommu")
 
     def load(self) -> None:
-        self._core.iommu_drivers[:] = self._drivers
+        self._ask("load_iommu")
+
+
+def _change_module(backend: Backend, what: str) -> str | None:
+    assert isinstance(backend, FakeBackend)
+    return modules.ACTIONS[what](backend.machine)
 
 
 def second_address(topology: Topology, group: int) -> str:
@@ -211,7 +252,18 @@ def _open(url: str) -> FakeBackend:
     return backend
 
 
-def _bound(backend: FakeBackend, target: FakeTarget, address: str) -> Member:
+@functools.cache
+def _described(preset: str) -> Machine:
+    """A machine that is only looked at."""
+    return presets.machine_alone(f"fake:{preset}")
+
+
+def _leaks(backend: Backend) -> list[str]:
+    assert isinstance(backend, FakeBackend)
+    return backend.leaks()
+
+
+def _bound(backend: Backend, target: FakeTarget, address: str) -> Member:
     group = target.topology.device(address).group
     assert group is not None
     backend.write_text(f"/sys/bus/pci/devices/{address}/driver_override", "vfio-pci\n")

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import errno
-import os
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from mmap import MAP_ANONYMOUS, MAP_SHARED, PAGESIZE, mmap
 from typing import TYPE_CHECKING
 
 from vfio import uapi
 from vfio.backend import Backend, FileStatus, LockedMemory, Mapping, Memory, check_argument
-from vfio.fake.file import File
+from vfio.fake.fake_memory import FakeMemory
 from vfio.fake.kernel_error import fail
 from vfio.fake.machine import Machine, request_offset
-from vfio.fake.memory import AddressSpace
 from vfio.fake.process import Process
 from vfio.fake.sysfs import FileTree
 from vfio.fake.user import Argument
@@ -23,38 +21,8 @@ from vfio.fake.user import Argument
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-# Python 3.11 has no name for it; PowerPC and SPARC have another number than the rest.
-_MAP_NORESERVE = 0x40 if os.uname().machine.startswith(("ppc", "sparc")) else 0x4000
 
-
-class FakeMemory(Memory):
-    """Ordinary memory that counts as having the page size that was asked for, and is aligned to it."""
-
-    def __init__(self, space: AddressSpace, length: int, page_size: int | None) -> None:
-        self.length = length
-        self.page_size = page_size or space.page_size
-        self._space = space
-        # mmap aligns to the real page only, so there is room for moving up to the next boundary.
-        room = self.page_size - PAGESIZE if self.page_size > PAGESIZE else 0
-        # Not reserved: memory of the size of a whole machine's costs nothing until it is touched.
-        self._mmap = mmap(-1, length + room, flags=MAP_SHARED | MAP_ANONYMOUS | _MAP_NORESERVE)
-        with memoryview(self._mmap) as whole:
-            start = address_of(whole)
-            skip = -start % self.page_size
-            self._view = whole[skip : skip + length]
-        self.address = start + skip
-        if self.page_size > space.page_size:
-            space.add_large(self.address, length, self.page_size)
-
-    @property
-    def view(self) -> memoryview:
-        return self._view
-
-    def close(self) -> None:
-        if not self._mmap.closed:
-            self._space.remove_large(self.address)
-            self._view.release()
-            self._mmap.close()
+_names = functools.lru_cache(1024)(uapi.request_names)
 
 
 class FakeBackend(Backend):
@@ -71,7 +39,7 @@ class FakeBackend(Backend):
         self.page_size = machine.page_size
         self._tree = FileTree(machine)
         # A descriptor that its program forgot is not to outlive the machine in the host process.
-        weakref.finalize(self, _close_all, process.files)
+        weakref.finalize(self, process.forget_descriptors)
 
     def another_process(
         self,
@@ -105,7 +73,12 @@ class FakeBackend(Backend):
 
     def open(self, path: str, flags: int) -> int:
         with self._call("open"):
-            return self.process.install(self._tree.open(self.process, path, flags))
+            file = self._tree.open(self.process, path, flags)
+            try:
+                return self.process.install(file)
+            except OSError:
+                file.put()
+                raise
 
     def close(self, fd: int) -> None:
         with self._call("close"):
@@ -121,13 +94,13 @@ class FakeBackend(Backend):
     def ioctl(self, fd: int, request: int, arg: int | WriteableBuffer = 0) -> int:
         if not isinstance(arg, int):
             check_argument(request, arg)
-        with self._call("ioctl", *uapi.request_names(request)):
+        with self._call("ioctl", *_names(request)):
             file = self.process.file(fd)
             return file.ioctl(self.process, request_offset(request), Argument(self.process, arg))
 
     def prepare(self, fd: int, request: int, arg: WriteableBuffer) -> Callable[[], int]:
         check_argument(request, arg)
-        names = uapi.request_names(request)
+        names = _names(request)
         offset, argument = request_offset(request), Argument(self.process, arg)
 
         def call() -> int:
@@ -149,13 +122,11 @@ class FakeBackend(Backend):
             file = self.process.file(fd)
             if length <= 0 or offset % self.page_size:
                 raise fail(errno.EINVAL)
-            return _LockedMapping(self.machine, file.mmap(self.process, length, offset, prot))
+            return LockedMapping(self.machine, file.mmap(self.process, length, offset, prot))
 
     def allocate(self, length: int, page_size: int | None = None) -> Memory:
         with self._call("allocate"):
-            if length <= 0 or (page_size is not None and not self._has_pages(page_size, length)):
-                raise fail(errno.EINVAL)
-            return FakeMemory(self.process.memory, length, page_size)
+            return FakeMemory(self.process.memory, length, self.page_of(length, page_size))
 
     def populate(self, address: int, length: int) -> None:
         with self._call("populate"):
@@ -209,45 +180,36 @@ class FakeBackend(Backend):
             self.machine.hooks.before(*kinds)
             yield
 
-    def _has_pages(self, page_size: int, length: int) -> bool:
-        """Whether a process may have hugetlb pages of this size: any that a DMA window can have, and whole ones."""
+    def page_of(self, length: int, page_size: int | None) -> int:
+        """The page of memory that a process asks for: any size that a DMA window can have, and whole ones; else EINVAL."""
+        page = self.page_size if page_size is None else page_size
         known = self.machine.topology.iommu.page_sizes | self.page_size
-        return page_size.bit_count() == 1 and bool(known & page_size) and length % page_size == 0
+        if length <= 0 or page.bit_count() != 1 or not known & page or (page_size is not None and length % page):
+            raise fail(errno.EINVAL)
+        return page
 
 
-class _LockedMapping(Mapping):
+class LockedMapping(Mapping):
     """A mapping whose accesses are calls to the model, and so take its lock."""
 
     def __init__(self, machine: Machine, inner: Mapping) -> None:
         self.length = inner.length
-        self._machine, self._inner = machine, inner
+        self._machine, self.inner = machine, inner
 
     def load(self, offset: int, width: int) -> int:
         with self._machine.lock:
             self._machine.virqfds.deliver()
-            return self._inner.load(offset, width)
+            return self.inner.load(offset, width)
 
     def store(self, offset: int, width: int, value: int) -> None:
         with self._machine.lock:
             self._machine.virqfds.deliver()
-            self._inner.store(offset, width, value)
+            self.inner.store(offset, width, value)
 
     def close(self) -> None:
         with self._machine.lock:
-            self._inner.close()
+            self.inner.close()
             self._machine.changed.notify_all()
-
-
-def address_of(view: memoryview) -> int:
-    """Where the bytes of a view are in this process."""
-    from ctypes import addressof, c_char
-
-    return addressof(c_char.from_buffer(view))
-
-
-def _close_all(files: dict[int, File]) -> None:
-    for fd in list(files):
-        os.close(fd)
 
 
 def from_url(url: str) -> FakeBackend:

@@ -227,6 +227,13 @@ class BarMapping(Mapping):
         value = int.from_bytes(value.to_bytes(width, sys.byteorder), "little")
         self._vdev.pci.bar_write(self._index, self._start + offset, width, value)
 
+    def backing(self) -> tuple[int, int] | None:
+        """A file with the memory, and where in it the mapping begins; None where an access is more than memory."""
+        memory = self._vdev.pci.model.memory.get(self._index)
+        if memory is None or self._start + self.length > memory.size:
+            return None
+        return memory.fileno(), self._start
+
     def close(self) -> None:
         self._closed = True
 

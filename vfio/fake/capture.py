@@ -183,6 +183,9 @@ def _device(backend: Backend, device: sysfs.PciDevice) -> list[str]:
         lines.append(f"driver_override = {_text(device.driver_override)}")
     if not device.overridable:
         lines.append("overridable = false")
+    for name, where in sysfs.slots(backend).items():
+        if where is not None and device.address.startswith(f"{where}."):
+            lines.append(f"physical_slot = {_text(name)}")
     return lines
 
 

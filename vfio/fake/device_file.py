@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +112,17 @@ class HeldMapping(Mapping):
 
     def view(self, width: int) -> memoryview | None:
         return self._inner.view(width)
+
+    def backing(self) -> tuple[int, int] | None:
+        """A file with the memory, and an offset there, which another process can map; None where it cannot."""
+        found: tuple[int, int] | None = self._inner.backing() if hasattr(self._inner, "backing") else None
+        return found
+
+    def inherit(self, child: Process) -> HeldMapping:
+        """The mapping that a forked child has of the same memory."""
+        mapping = HeldMapping(self.file, child, copy.copy(self._inner))
+        self.file.device.group.core.mappings.setdefault(child, []).append(mapping)
+        return mapping
 
     def close(self) -> None:
         if self._closed:

@@ -20,13 +20,8 @@ class EventFd:
 
     def __init__(self, process: Process, fd: int) -> None:
         """EBADF for what is not open, EINVAL for what is no eventfd."""
-        try:
-            link = os.readlink(f"/proc/self/fd/{fd}") if fd >= 0 else ""
-        except OSError:
-            link = ""
-        if not link:
-            raise fail(errno.EBADF)
-        if link != "anon_inode:[eventfd]" or fd in process.files:
+        fd = process.descriptor(fd)
+        if os.readlink(f"/proc/self/fd/{fd}") != "anon_inode:[eventfd]":
             raise fail(errno.EINVAL)
         self.fd = _aside(fd)
         self.identity = _identity(self.fd)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -141,7 +140,7 @@ class GroupFile(File):
             return self._get_status(argument)
         if n == _SET_CONTAINER:
             number = int.from_bytes(argument.copy_in(4), _NATIVE, signed=True)
-            group.set_container(_file_of(process, number))
+            group.set_container(process.lookup(number))
             return 0
         if n == _UNSET_CONTAINER:
             group.unset_container()
@@ -172,13 +171,3 @@ class GroupFile(File):
             process.close(fd)
             raise
         return fd
-
-
-def _file_of(process: Process, fd: int) -> File | None:
-    """What a descriptor means: None for a file of the host process; EBADF for none."""
-    found = process.files.get(fd)
-    if found is None:
-        if fd < 0 or process.memory.pid != os.getpid():
-            raise fail(errno.EBADF)
-        os.fstat(fd)
-    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import uuid
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -99,8 +98,11 @@ class Host:
         """The command line of a process."""
         if process.pid in self.commands:
             return self.commands[process.pid].split(" ")
-        with open(f"/proc/{os.getpid()}/cmdline", encoding="utf-8", errors="replace") as file:
-            return file.read().rstrip("\0").split("\0")
+        try:
+            with open(f"/proc/{process.memory.pid}/cmdline", encoding="utf-8", errors="replace") as file:
+                return file.read().rstrip("\0").split("\0")
+        except OSError:
+            return [""]  # it has ended
 
     def forget(self, path: str) -> None:
         """The file at `path`, or the directory with all that is in it, has gone."""

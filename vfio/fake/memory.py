@@ -10,6 +10,8 @@ import ctypes
 import errno
 import os
 from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import suppress
 from mmap import PAGESIZE
 from typing import NamedTuple
 
@@ -19,6 +21,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 _MADV_POPULATE_WRITE = 23
+_NOBODY = -1
 _POPULATE = 1 << 20
 """So many bytes are filled in to see whether they are there; of more, the list of areas is read, which touches none."""
 
@@ -61,7 +64,7 @@ class AddressSpace:
         if length <= _POPULATE and self.pid == os.getpid() and not _libc.madvise(address, length, _MADV_POPULATE_WRITE):
             return length // self.page_size * self.page_size
         at, end = address, address + length
-        for area in self._areas():
+        for area in self._areas(at, end):
             if area.start <= at < area.end:
                 if not area.writable:
                     break
@@ -83,8 +86,9 @@ class AddressSpace:
         return self.page_size
 
     def add_large(self, address: int, length: int, page: int) -> None:
-        """This range counts as hugetlb pages of `page` bytes from now on."""
-        self._large[address] = (address + length, page)
+        """This range counts as hugetlb pages of `page` bytes from now on, if they are larger than the host's."""
+        if page > self.page_size:
+            self._large[address] = (address + length, page)
 
     def remove_large(self, address: int) -> None:
         """The range from `address` is no more."""
@@ -98,6 +102,15 @@ class AddressSpace:
             if start < address + length and address < end
         )
 
+    def end(self) -> None:
+        """The process is no more.  Its number may be another's soon, whose memory is never touched."""
+        self.pid = _NOBODY
+        self._large.clear()
+
+    def inherit(self, parent: AddressSpace) -> None:
+        """A forked child has what its parent had, where the parent had it."""
+        self._large.update(parent._large)
+
     def _is_there(self, address: int) -> bool:
         try:
             self.read(address, 1)
@@ -105,15 +118,17 @@ class AddressSpace:
             return False
         return True
 
-    def _areas(self) -> list[Area]:
-        with open(f"/proc/{self.pid}/maps", encoding="utf-8", errors="replace") as file:
-            found = []
+    def _areas(self, first: int, last: int) -> Iterator[Area]:
+        """Those that share a byte with this range, ascending."""
+        with suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{self.pid}/maps", "rb") as file:
             for line in file:
                 span, rights, _offset, _device, inode, *name = line.split(maxsplit=5)
-                start, end = (int(text, 16) for text in span.split("-"))
-                writable = rights.startswith("rw") and not (name and name[0].startswith("[v"))
-                found.append(Area(start, end, writable, inode != "0"))
-            return found
+                start, end = (int(text, 16) for text in span.split(b"-"))
+                if start >= last:
+                    return
+                if end > first:
+                    writable = rights.startswith(b"rw") and not (name and name[0].startswith(b"[v"))
+                    yield Area(start, end, writable, inode != b"0")
 
     def _transfer(self, call: object, local: int, remote: int, length: int) -> None:
         if not length:
@@ -125,4 +140,4 @@ class AddressSpace:
         if done == length:
             return
         number = ctypes.get_errno() if done < 0 else errno.EFAULT
-        raise fail(number if number != errno.ENOMEM else errno.EFAULT)
+        raise fail(errno.EFAULT if number in (errno.ENOMEM, errno.ESRCH) else number)

@@ -50,10 +50,16 @@ class PciBus:
                 "drivers_autoprobe": Attribute(lambda: f"{core.autoprobe:d}\n", self._set_autoprobe),
                 "drivers_probe": Attribute(store=core.probe),
                 "rescan": Attribute(store=lambda given: core.rescan() if _number(given) else None),
-                "slots": directory({}),
+                "slots": self._slots,
                 "uevent": Attribute(store=_uevent),
             }
         )
+
+    def _slots(self) -> Directory:
+        """The physical slots, those without a device too.  (drivers/pci/slot.c)"""
+        described = self.machine.topology.devices
+        found = {each.physical_slot: each.address.rpartition(".")[0] for each in described if each.physical_slot}
+        return directory({name: directory({"address": text(where)}) for name, where in found.items()})
 
     def _set_autoprobe(self, given: str) -> None:
         self.core.autoprobe = not given.startswith("0")

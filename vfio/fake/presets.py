@@ -48,6 +48,22 @@ def machine(url: str) -> tuple[Machine, Process]:
     Raises `errors.NoSuchBackend` for a machine or an option that there is not, which names those that there are, and for a
     topology that breaks a rule.
     """
+    made, options = _boot(url)
+    uid = options.uid or 0
+    ipc_lock = uid == 0 if options.ipc_lock is None else options.ipc_lock
+    return made, Process(made, uid=uid, memlock=options.memlock, ipc_lock=ipc_lock)
+
+
+def machine_alone(url: str) -> Machine:
+    """The machine without a process.  Raises as `machine`, and for an option that is a process's."""
+    made, options = _boot(url)
+    for name in ("uid", "memlock", "ipc_lock"):
+        if getattr(options, name) != getattr(Options(), name):
+            raise _refused(url, f"{name} is said by the programs that use a machine, not by the machine")
+    return made
+
+
+def _boot(url: str) -> tuple[Machine, Options]:
     name, question, query = url.removeprefix(SCHEME).partition("?")
     options = _options(url, query) if question else Options()
     try:
@@ -60,9 +76,7 @@ def machine(url: str) -> tuple[Machine, Process]:
         )
     except (topology.TopologyError, UnknownModel) as error:
         raise _refused(url, str(error)) from error
-    uid = options.uid or 0
-    ipc_lock = uid == 0 if options.ipc_lock is None else options.ipc_lock
-    return made, Process(made, uid=uid, memlock=options.memlock, ipc_lock=ipc_lock)
+    return made, options
 
 
 def _one_of(table: dict[str, object]) -> Callable[[str], object]:

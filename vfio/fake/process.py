@@ -42,38 +42,62 @@ class Process:
         """CAP_IPC_LOCK."""
         self.locked_pages = 0
         """VmLck, in host pages: what the kernel calls locked_vm."""
-        self.files: dict[int, File] = {}
+        self._files: dict[int, File] = {}
         machine.processes.append(self)
 
     # --- descriptors ---
 
+    @property
+    def files(self) -> dict[int, File]:
+        """What it has open, by descriptor."""
+        return self._files
+
     def install(self, file: File) -> int:
         """A new descriptor for `file`, which takes over the caller's reference."""
         fd = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-        self.files[fd] = file
+        self._files[fd] = file
         return fd
 
     def file(self, fd: int) -> File:
         """The file behind a descriptor of the model; EBADF for any other."""
         try:
-            return self.files[fd]
+            return self._files[fd]
         except KeyError:
             raise fail(errno.EBADF) from None
 
+    def lookup(self, fd: int) -> File | None:
+        """What any descriptor stands for: None for a file that is not the model's; EBADF for none."""
+        if fd not in self._files:
+            self.descriptor(fd)
+        return self._files.get(fd)
+
+    def descriptor(self, fd: int) -> int:
+        """The same file as a descriptor of the host process; EBADF for what is not open."""
+        others = (process for process in self.machine.processes if process is not self)
+        if fd < 0 or any(fd in other._files for other in others):
+            raise fail(errno.EBADF)
+        os.fstat(fd)
+        return fd
+
     def close(self, fd: int) -> None:
         file = self.file(fd)
-        del self.files[fd]
+        del self._files[fd]
         os.close(fd)
         file.put()
 
     def exit(self) -> None:
         """The process ends: its files close, newest first, and what it had pinned and locked is given back."""
-        for fd in sorted(self.files, reverse=True):
+        for fd in sorted(self._files, reverse=True):
             self.close(fd)
         self.machine.process_gone(self)
         self.locked_pages = 0
         if self in self.machine.processes:
             self.machine.processes.remove(self)
+
+    def forget_descriptors(self) -> None:
+        """The host process goes on without the machine: give the reserved numbers back."""
+        for fd in list(self._files):
+            os.close(fd)
 
     # --- permissions ---
 

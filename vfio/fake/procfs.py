@@ -34,7 +34,7 @@ def root(machine: Machine, process: Process) -> Directory:
         "swaps": Attribute(lambda: _swaps(machine)),
         "sys": directory({"kernel": kernel}, mode=0o555),
     }
-    processes = {str(each.pid): each for each in machine.processes}
+    processes = {str(each.pid): each for each in machine.processes if each.pid > 0}
 
     def lookup(name: str) -> Node | None:
         return _process(machine, processes[name]) if name in processes else files.get(name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import struct
 from typing import TYPE_CHECKING
 
@@ -148,12 +147,7 @@ def _group(process: Process, fd: int) -> IommuGroup | None:
     """The group that a descriptor of the caller stands for; EBADF, or EINVAL for a descriptor of anything else."""
     from vfio.fake.group import GroupFile
 
-    file = process.files.get(fd)
+    file = process.lookup(fd)
     if isinstance(file, GroupFile):
         return file.group.iommu_group
-    if file is None:
-        try:
-            os.fstat(fd)
-        except OSError:
-            raise fail(errno.EBADF) from None
     raise fail(errno.EINVAL)

@@ -9,6 +9,7 @@ from vfio.fake.devices.bridge import Bridge, RootPort
 from vfio.fake.devices.e1000e import E1000e
 from vfio.fake.devices.edu import Edu
 from vfio.fake.devices.endpoint import Endpoint
+from vfio.fake.devices.ivshmem import Ivshmem
 from vfio.fake.devices.model import PciModel
 from vfio.fake.devices.nvme import Nvme
 from vfio.fake.devices.testdev import TestDevice
@@ -27,6 +28,7 @@ MODELS: dict[str, type[PciModel]] = {
     "pci-testdev": TestDevice,
     "nvme": Nvme,
     "e1000e": E1000e,
+    "ivshmem-plain": Ivshmem,
     "pnv-phb-root-port": RootPort,
     "virtio-rng-pci": VirtioRng,
 }

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 
 from vfio import topology
 from vfio.fake import registers as reg
+from vfio.fake.devices.plain_memory import PlainMemory
 from vfio.fake.pci import Bar
 from vfio.fake.registers import ConfigRegisters
 
@@ -59,6 +60,8 @@ class PciModel:
     def __init__(self, device: topology.Device) -> None:
         self.properties = dict(device.properties)
         self.bars: list[Bar] = []
+        self.memory: dict[int, PlainMemory] = {}
+        """By index, the BARs that are nothing but memory: programs of other processes map it for themselves."""
         self.registers = ConfigRegisters(self.config_size)
         fields = self.registers.field
         fields(reg.VENDOR_ID, 2, device.vendor)
@@ -79,10 +82,12 @@ class PciModel:
 
     def bar_read(self, bar: int, offset: int, width: int) -> int:
         """A load of `width` bytes (1, 2, 4 or 8) at byte `offset`, a multiple of it, as a little-endian value."""
-        return 0
+        return self.memory[bar].read(offset, width) if bar in self.memory else 0
 
     def bar_write(self, bar: int, offset: int, width: int, value: int) -> None:
         """A store, as `bar_read`."""
+        if bar in self.memory:
+            self.memory[bar].write(offset, width, value)
 
     def reset(self) -> None:
         """The function is reset: registers of the device go back to what they are after power-on."""
