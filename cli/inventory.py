@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 from typing import Any
 
 import click
@@ -138,8 +137,9 @@ def why(options: Options, address: str) -> None:
     for each in found:
         click.echo(f"{each.what}: {each.why}" + (f"\n  {each.remedy}" if each.remedy else ""))
     if not found:
-        seen = "" if os.geteuid() == 0 else "; only root could see whether another user has it open"
-        click.echo(f"{address} is ready to be opened by {owner.me()}{seen}")
+        me = owner.me(options.backend)
+        seen = "" if me.uid == 0 else "; only root could see whether another user has it open"
+        click.echo(f"{address} is ready to be opened by {me}{seen}")
 
 
 COMMANDS = (list_devices, show, why)

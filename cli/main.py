@@ -14,7 +14,7 @@ import click
 
 from vfio import errors
 
-from . import apply, assignment, demo, fake, inventory, output, testing
+from . import apply, assignment, config, demo, eeh, fake, inventory, nvme, output, testing
 from .options import Options, common
 
 USAGE = 2
@@ -77,15 +77,9 @@ def cli(options: Options) -> None:
     """
 
 
-for command in (
-    *inventory.COMMANDS,
-    *assignment.COMMANDS,
-    *apply.COMMANDS,
-    *testing.COMMANDS,
-    *demo.COMMANDS,
-    *fake.COMMANDS,
-):
-    cli.add_command(command)
+for module in (inventory, assignment, apply, config, testing, demo, nvme, eeh, fake):
+    for command in module.COMMANDS:
+        cli.add_command(command)
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,21 +15,6 @@ from vfio.info import Capability
 from vfio.iommu.spapr import Spapr, SpaprInfo
 
 from . import output
-
-_PCI_CAPABILITIES = {
-    0x01: "PM",
-    0x03: "VPD",
-    0x05: "MSI",
-    0x07: "PCI-X",
-    0x09: "vendor",
-    0x0D: "bridge subsystem",
-    0x10: "PCI Express",
-    0x11: "MSI-X",
-    0x12: "SATA",
-    0x13: "AF",
-}
-_CAPABILITY_POINTER = 0x34
-_CAPABILITIES_END = 0x100
 
 
 @dataclass(frozen=True)
@@ -55,7 +40,10 @@ def look(backend: Backend, address: str) -> Opened:
         return Opened(
             flags=uapi.flag_names(uapi.vfio_device_info, device.info.flags, short=True),
             capabilities=_capabilities("VFIO_DEVICE_INFO_CAP_", device.info.capabilities),
-            pci_capabilities=list(_pci_capabilities(device)),
+            pci_capabilities=[
+                {"id": each.identity, "offset": each.offset, "name": each.name}
+                for each in device.pci.snapshot().capabilities
+            ],
             regions=[
                 {
                     "index": region.index,
@@ -170,15 +158,3 @@ def _capabilities(prefix: str, found: Iterable[Capability]) -> list[dict[str, An
     """The capabilities of an info struct under the kernel's names."""
     names = {getattr(uapi, name): name.removeprefix(prefix) for name in dir(uapi) if name.startswith(prefix)}
     return [{"id": each.id, "version": each.version, "name": names.get(each.id, str(each.id))} for each in found]
-
-
-def _pci_capabilities(device: vfio.Device) -> Iterator[dict[str, Any]]:
-    """The capabilities in configuration space; a list that runs in a circle ends where it began to."""
-    offset = device.config.read8(_CAPABILITY_POINTER) & ~3
-    seen: set[int] = set()
-    while offset and offset < _CAPABILITIES_END and offset not in seen:
-        seen.add(offset)
-        header = device.config.read16(offset)
-        id = header & 0xFF
-        yield {"id": id, "offset": offset, "name": _PCI_CAPABILITIES.get(id, f"{id:#04x}")}
-        offset = header >> 8 & ~3

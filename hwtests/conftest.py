@@ -24,6 +24,7 @@ from hwtests.devices import (  # noqa: E402
     bound_address,
     device,
     edu_driver,
+    freezer,
     iommu_module,
     load_driver,
     member,
@@ -32,7 +33,7 @@ from hwtests.devices import (  # noqa: E402
     two_edus,
 )
 from hwtests.processes import another_process, fork, killed_by  # noqa: E402
-from simtests.conformance.fixtures import area, other_program, program, v1, v2  # noqa: E402
+from simtests.conformance.fixtures import area, kernel_messages, other_program, program, v1, v2  # noqa: E402
 
 if TYPE_CHECKING:
     from hwtests.lab.targets import System
@@ -46,7 +47,9 @@ __all__ = [  # fixtures, found here by name
     "device",
     "edu_driver",
     "fork",
+    "freezer",
     "iommu_module",
+    "kernel_messages",
     "killed_by",
     "load_driver",
     "member",
@@ -162,7 +165,7 @@ def _wanted(config: pytest.Config, item: pytest.Item) -> bool:
     fixtures = getattr(item, "fixturenames", ())
     if "edu_driver" in fixtures:
         item.add_marker("needs_edu")
-    if {"two_edus", "second", "load_driver", "iommu_module", "as_alice"} & set(fixtures):
+    if {"two_edus", "second", "load_driver", "iommu_module", "as_alice", "freezer"} & set(fixtures):
         item.add_marker("lab_only")
     if config.option.device:
         if item.get_closest_marker("needs_edu") and (found := _identity(config.option.device)) != _EDU:

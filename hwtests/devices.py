@@ -7,8 +7,10 @@ import errno
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,7 +18,9 @@ import pytest
 import vfio
 import vfio.drivers.edu
 from hwtests import transcripts
+from hwtests.phb import Phb
 from simtests.conformance import areas
+from simtests.conformance.freezing import Freezer
 from simtests.conformance.raw import Member
 from vfio import assign, sysfs
 from vfio.backends import kernel
@@ -143,6 +147,42 @@ def iommu_module() -> Iterator[IommuModule]:
     module = IommuModule()
     yield module
     module.load()
+
+
+class _Freezer(Freezer):
+    """Writes the freeze bits of the PHB."""
+
+    def __init__(self, backend: vfio.Backend) -> None:
+        super().__init__(backend)
+        self._phbs: dict[int, Phb] = {}
+        self._touched: set[str] = set()
+
+    def __call__(self, address: str, what: str = "both") -> None:
+        number = int(sysfs.eeh(kernel.THIS, address)["eeh_pe_config_addr"], 16)
+        domain = int(address.partition(":")[0], 16)
+        phb = self._phbs.get(domain) or self._phbs.setdefault(domain, Phb(domain))
+        self._touched.add(address)
+        transcripts.tell(self.backend, "freeze", f"{address} {what}", lambda: phb.freeze(number, what))
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def close(self) -> None:
+        for address in self._touched:
+            with suppress(FileNotFoundError):  # it may be gone for good
+                state = Path("/sys/bus/pci/devices", address, "eeh_pe_state")
+                state.read_text()
+                state.write_text("1")
+        for phb in self._phbs.values():
+            phb.close()
+
+
+@pytest.fixture
+def freezer(backend: vfio.Backend) -> Iterator[Freezer]:
+    """Freezes PEs; they are thawed at the end."""
+    freezer = _Freezer(backend)
+    yield freezer
+    freezer.close()
 
 
 @pytest.fixture

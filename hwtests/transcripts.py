@@ -84,6 +84,18 @@ class TracedProcess(TraceBackend):
         """As `OtherProcess.receive`."""
         return self.tell("receive", (self._origin.named(fd),), lambda: self._other.receive(fd))
 
+    def give(self, fd: int) -> int:
+        """As `OtherProcess.give`."""
+        return self.tell("give", (self.named(fd),), lambda: self._other.give(fd))
+
+    @property
+    def pid(self) -> int:
+        return self._other.pid
+
+    def kill(self) -> None:
+        """As `OtherProcess.kill`."""
+        self.tell("kill", (), self._other.kill)
+
     def exit(self) -> None:
         """As `OtherProcess.exit`."""
         self.tell("exit", (), self._other.exit)

@@ -265,6 +265,11 @@ class Replay:
         self._machine.driver_core.load(name)
         return record["result"]
 
+    def _do_freeze(self, backend: FakeBackend, record: Record, words: str) -> object:
+        address, what = words.split()
+        self._machine.eeh.of(address).freeze = what  # type: ignore[assignment]
+        return None
+
     def _do_unload_driver(self, backend: FakeBackend, record: Record, name: str) -> object:
         self._machine.driver_core.unload(name)
         return record["result"]

@@ -16,7 +16,9 @@ from vfio.backend import Mapping
 from vfio.fake.bus_driver import VfioDeviceOps
 from vfio.fake.clock import Clock
 from vfio.fake.core import VfioCore
+from vfio.fake.eeh_host import EehHost
 from vfio.fake.file import File
+from vfio.fake.kernel_log import KernelLog
 from vfio.fake.pe import make_pe
 from vfio.fake.process import Process
 from vfio.fake.user import Argument
@@ -106,7 +108,14 @@ class Pci:
     def __init__(self, host: Host, address: str, driver: str | None) -> None:
         self.machine, self.address, self.driver = host, address, driver
         self.group: Any = None
+        self.eeh: Any = None
+        self.parent, self.is_bridge, self.vendor, self.device = None, False, 0, 0
+        self.bus = int(address.split(":")[1], 16)
+        self.bars: dict[int, Any] = {}
         self.events: list[str] = []
+
+    def check_line(self) -> None:
+        pass
 
     def eeh_reset(self) -> None:
         self.events.append("reset")
@@ -132,6 +141,8 @@ class Host:
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
         self.clock = Clock()
+        self.log, self.freezes = KernelLog(self.clock), True
+        self.eeh = EehHost(self)  # type: ignore[arg-type]
         self.processes: list[Process] = []
         self.iommu_groups: dict[int, Any] = {}
         self.pes: list[Any] = []
@@ -148,6 +159,7 @@ class Host:
                 pe = pe or make_pe(self, phb, device.pe, device.group)  # type: ignore[arg-type]
                 pci = Pci(self, device.address, (drivers or {}).get(device.address, "vfio-pci"))
                 pci.group = pe.group
+                self.eeh.join(pci, pe.eeh)  # type: ignore[arg-type]
                 pe.group.devices.append(pci)  # type: ignore[arg-type]
                 self.devices[device.address] = pci
         for pci in self.devices.values():

@@ -191,6 +191,16 @@ def test_from_vfio_pci_to_a_variant_the_new_node_gets_its_owner(host):
     assert not apply.apply(wanted, host).changed
 
 
+def test_from_vfio_pci_to_a_variant_one_after_another_the_node_stays_and_changes_its_mode(host):
+    apply.apply(plan(DesiredDevice(id="14e4:1657", mode=0o660)), host)
+    node = host.nodes[7]
+    wanted = plan(DesiredDevice(id="14e4:1657", driver="special_vfio_pci", mode=0o600))
+    apply.apply(wanted, host)
+    assert host.nodes[7] is node
+    assert node.mode == 0o600
+    assert not apply.apply(wanted, host).changed
+
+
 def test_in_a_group_that_gains_and_loses_a_device_the_node_stays(host):
     assign.bind([CARD[0]], user="4321", backend=host)
     node = host.nodes[7]

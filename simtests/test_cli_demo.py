@@ -225,10 +225,17 @@ def test_data_that_comes_back_changed_fails_with_both_values(machine, as_it_was,
 
 
 def test_an_edu_with_28_bits_of_address_fails_at_the_64_bit_window_and_says_why():
-    result = run("demo", "--backend", "fake:example")
+    result = run("demo", "--backend", "fake:example?freeze=0")
     assert result.exit_code == 1
     assert "vfio: the demo failed at step 7: high[4096:4107] gives b'below 4 GiB', not b'above 4 GiB'" in result.stderr
     assert result.stderr.splitlines()[-1].strip().startswith("an edu has 28 bits of address")
+
+
+def test_dma_that_freezes_the_pe_says_so():
+    result = run("demo", "--backend", "fake:example")
+    assert result.exit_code == 1
+    assert "stopped at step 7, and undone" in result.stderr
+    assert "0002:00:00.0 does not answer: its registers read all ones: its PE is frozen" in result.stderr
 
 
 def test_an_interrupt_at_the_keyboard_is_undone(machine, as_it_was, monkeypatch):

@@ -156,8 +156,7 @@ def test_why_as_json(vfio_json):
     assert found["obstacles"][0]["remedy"] == "vfio bind 0002:00:00.0 --group"
 
 
-def test_why_of_a_device_that_is_ready(vfio, vfio_json, host, monkeypatch):
-    monkeypatch.setattr("os.geteuid", lambda: 0)
+def test_why_of_a_device_that_is_ready(vfio, vfio_json, host):
     vfio("bind", DISK)
     assert vfio("why", DISK).stdout == f"{DISK} is ready to be opened by root (uid 0)\n"
     assert vfio_json("why", DISK) == {"address": DISK, "ready": True, "obstacles": []}

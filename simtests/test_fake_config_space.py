@@ -232,7 +232,7 @@ def test_gaps_are_the_hardwares(edu: Opened) -> None:
 
 def test_blocked_config_space_raises_enodev_but_for_virtual_fields(edu: Opened) -> None:
     assert edu.pci.pe
-    edu.pci.pe.blocked = True
+    edu.pci.eeh.blocked = True
     assert edu.config(0, 4) == bytes.fromhex("3412e811")
     assert edu.config(reg.BAR0, 4) == b"\x00\x00\x00\x80"
     for offset in (reg.COMMAND, 0x08, 0x40, 0x80):
@@ -242,7 +242,7 @@ def test_blocked_config_space_raises_enodev_but_for_virtual_fields(edu: Opened) 
         with refused(errno.ENODEV):
             edu.set_config(offset, b"\0\0")
     edu.set_config(reg.BAR0, b"\xff" * 4)
-    edu.pci.pe.blocked = False
+    edu.pci.eeh.blocked = False
     assert word(edu, reg.BAR0) == 0xFFF00000
 
 

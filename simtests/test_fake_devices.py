@@ -164,8 +164,6 @@ def transfer(edu: Opened, source: int, destination: int, count: int, command: in
 class Bus:
     """Memory behind a PE."""
 
-    freeze, blocked = "none", False
-
     def __init__(self) -> None:
         self.memory = bytearray(range(256)) * 256
 
@@ -199,7 +197,7 @@ def test_edu_without_bus_mastering_reads_zeros_and_writes_nothing(edu: Opened) -
 def test_frozen_pe_drops_dma(edu: Opened, freeze: str) -> None:
     bus = edu.pci.pe = Bus()  # type: ignore[assignment]
     transfer(edu, 0, 0x40000, 16, 1)
-    edu.vdev.pci.pe.freeze = freeze  # type: ignore[union-attr, assignment]
+    edu.pci.eeh.freeze = freeze  # type: ignore[union-attr, assignment]
     edu.pci.dma_write(0x100, b"x")
     assert bus.memory[0x100] == 0  # type: ignore[attr-defined]
     assert edu.pci.dma_read(0, 4) == bytes(4)

@@ -190,10 +190,10 @@ def test_open_is_refused_while_the_pe_is_in_reset_and_changes_nothing(host: Host
     pci = host.bind(EDU)
     assert pci.pe
     assert pci.vfio
-    pci.pe.blocked = True
+    pci.eeh.blocked = True
     with refused(errno.ENODEV):
         Opened(host.machine, pci, host.process)
-    pci.pe.blocked = False
+    pci.eeh.blocked = False
     assert (pci.enable_count, pci.vfio.users, pci.command) == (0, 0, 0x100)
 
 
@@ -446,7 +446,7 @@ def test_reset_by_power_state_goes_to_d3hot_and_back() -> None:
 def test_reset_during_an_eeh_reset_returns_0(host: Host) -> None:
     edu = host.open(EDU_ALONE)
     assert edu.pci.pe
-    edu.pci.pe.blocked = True
+    edu.pci.eeh.blocked = True
     assert edu.ioctl(RESET, bytearray(4)) == 0
 
 
@@ -535,9 +535,9 @@ def test_eeh_reset_forgets_the_configuration_and_its_end_brings_it_back_as_at_bo
     with eventfd() as fd:
         edu.set_irqs(MSI, EVENTFD | TRIGGER, fd)
         assert edu.pci.pe
-        edu.pci.pe.assert_reset()
+        edu.pci.eeh.assert_reset()
         assert edu.pci.registers.get(reg.BAR0, 4) == 0
-        edu.pci.pe.deactivate_reset()
+        edu.pci.eeh.deactivate_reset()
         assert edu.pci.registers.get(reg.BAR0, 4) == 0x80000000
         assert edu.config(reg.COMMAND, 2) == b"\x02\x01"
         edu.set_config(reg.COMMAND, b"\x06\x01")

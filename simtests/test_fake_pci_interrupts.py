@@ -339,7 +339,7 @@ def test_enabling_messages_lets_the_line_go(edu: Opened) -> None:
 
 def test_count_of_msi_is_what_a_blocked_register_reads(edu: Opened) -> None:
     assert edu.pci.pe
-    edu.pci.pe.blocked = True
+    edu.pci.eeh.blocked = True
     assert edu.irq_info(MSI) == (9, 128)
 
 

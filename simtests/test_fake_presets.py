@@ -34,12 +34,14 @@ def test_every_packaged_machine_boots(name):
 def test_what_a_url_does_not_say():
     backend = opened("fake:power8")
     assert (backend.page_size, backend.machine.kernel, backend.machine.strict) == (4096, (6, 12), True)
+    assert backend.machine.freezes is True
     assert (backend.process.uid, backend.process.memlock, backend.process.ipc_lock) == (0, 8 << 20, True)
 
 
 def test_every_option():
-    backend = opened("fake:power9?page_size=65536&kernel=7.2&strict=0&uid=1000&memlock=65536&ipc_lock=1")
+    backend = opened("fake:power9?page_size=65536&kernel=7.2&strict=0&freeze=0&uid=1000&memlock=65536&ipc_lock=1")
     assert (backend.page_size, backend.machine.kernel, backend.machine.strict) == (65536, (7, 2), False)
+    assert backend.machine.freezes is False
     assert (backend.process.uid, backend.process.memlock, backend.process.ipc_lock) == (1000, 65536, True)
 
 
@@ -85,7 +87,7 @@ def test_a_file_is_a_machine(tmp_path, monkeypatch):
         ("fake:power6", "no topology 'power6'; there are document, example, power10"),
         ("fake:../power8", "../power8: cannot be read"),
         ("fake:nowhere.toml", "nowhere.toml: cannot be read"),
-        ("fake:power8?", "no option ''; there are page_size, kernel, strict, uid, memlock, ipc_lock"),
+        ("fake:power8?", "no option ''; there are page_size, kernel, strict, freeze, uid, memlock, ipc_lock"),
         ("fake:power8?pagesize=4096", "no option 'pagesize'; there are page_size"),
         ("fake:power8?page_size", "page_size: page_size is one of 4096, 65536"),
         ("fake:power8?page_size=64K", "page_size=64K: page_size is one of 4096, 65536"),

@@ -303,7 +303,7 @@ def test_a_dma_goes_on_where_it_finds_a_mapping(v2: User, host: Host, buffer: Bu
     v2.map(buffer.address + 4 * PAGE, 0x3000, PAGE)
     for page, letter in ((0, b"a"), (4, b"b")):
         buffer[page * PAGE : (page + 1) * PAGE] = letter * PAGE
-    pe = host.pe(0)
+    pe, host.freezes = host.pe(0), False
     assert pe.dma_read(0x1FFE, 0x1004) == b"aa" + bytes(0x1000) + b"bb"
     assert pe.dma_faults == [(0x2000, 0x1000, False, "nothing is mapped there")]
     pe.dma_write(0x1FFE, b"xx" + b"!" * 0x1000 + b"yy")
@@ -317,6 +317,7 @@ def test_a_dma_outside_every_window_reads_zeros(host: Host) -> None:
 
 def test_a_long_dma_to_nowhere_is_one_fault(v2: User, host: Host) -> None:
     v2.create(16, GIB)
+    host.freezes = False
     assert host.pe(0).dma_read(0x1234, 1 << 20) == bytes(1 << 20)
     host.pe(0).dma_write(0x1234 + (1 << 20), b"1234")
     assert [(f.address, f.length, f.write) for f in host.pe(0).dma_faults] == [

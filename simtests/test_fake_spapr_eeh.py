@@ -66,8 +66,10 @@ def test_config_space_is_blocked_until_the_reset_is_deactivated(user: User) -> N
 
 def test_a_pe_below_a_frozen_one_is_unavailable(user: User) -> None:
     pe = user.host.pe(1)
-    pe.parent = user.host.pe(0)
-    pe.parent.freeze = "both"
+    pe.eeh.parent = user.host.pe(0).eeh
+    pe.eeh.parent.freeze = "both"
+    assert user.eeh(GET_STATE) == 0  # nobody has seen that yet
+    pe.eeh.parent.isolated = True
     assert user.eeh(GET_STATE) == 5
 
 

@@ -446,6 +446,7 @@ def test_a_group_that_leaves_clears_the_windows_of_all(user: User, host: Host, b
     locked = user.locked
     buffer[0:4] = b"both"
     assert user.unset_container(second) == 0
+    host.freezes = False
     assert [host.pe(number).dma_read(0x1000, 4) for number in (0, 1)] == [bytes(4), bytes(4)]
     assert (user.locked, regions(user)) == (locked, [(buffer.size, 1, 0)])
     assert user.map(buffer.address, 0x1000, PAGE) == 0

@@ -119,6 +119,19 @@ def test_backend_is_one_for_the_whole_process(machine, backend, program):
     assert other_url.locked() == backend.locked()
 
 
+def test_number_that_no_call_takes_is_refused_before_it_is_sent(backend, program):
+    device = program.attached(DEVICE, V2).group.device(DEVICE.address)
+    with pytest.raises(OverflowError):
+        backend.mmap(device, 1 << 70, 0, 3)
+    with pytest.raises(OverflowError):
+        backend.chmod(DEVICE.node, -(1 << 64))
+    with pytest.raises(ValueError, match="16777216 are possible"):
+        backend.write_text("/sys/bus/pci/rescan", "x" * (17 << 20))
+    assert answer(backend.pread, device, -1, 0) == -errno.EINVAL
+    assert program.ioctl(device, uapi.VFIO_GET_API_VERSION, (1 << 64) - 1) == -errno.ENOTTY
+    assert backend.listdir("/dev/vfio") == ["vfio", "0"]
+
+
 # --- who one is ---
 
 
@@ -189,7 +202,7 @@ def test_server_of_a_user_serves_that_user_and_says_why_it_cannot_serve_root(req
             os.setresuid(uid, uid, uid)
             remote._libc.prctl(4, int(dumpable), 0, 0, 0)  # PR_SET_DUMPABLE
             try:
-                return 0 if remote.from_url(machine.url).listdir("/dev") == ["vfio"] else 1
+                return 0 if remote.from_url(machine.url).listdir("/dev") == ["kmsg", "vfio"] else 1
             except errors.ServerRefused as error:
                 return 2 if "dumpable" in error.remedy and "ptrace_scope" in error.why else 3
             except errors.NoSuchBackend as error:
@@ -222,7 +235,7 @@ def test_thread_that_waits_keeps_no_other_thread_waiting(backend, program, anoth
     while backend.exists(path):
         pass
     for _ in range(20):
-        assert backend.listdir("/dev") == ["vfio"]
+        assert backend.listdir("/dev") == ["kmsg", "vfio"]
     assert answers == []
     other.close(device)
     worker.join()
@@ -261,7 +274,7 @@ def test_many_threads_of_a_program_get_their_own_answers(backend, program):
             link = backend.readlink(f"/proc/self/fd/{fd}")
             names = backend.listdir("/dev")
             version = backend.ioctl(fd, uapi.VFIO_CHECK_EXTENSION, V2 if number % 2 else 99)
-            if (link, names, version) != ("/dev/vfio/vfio", ["vfio"], number % 2):
+            if (link, names, version) != ("/dev/vfio/vfio", ["kmsg", "vfio"], number % 2):
                 wrong.append((link, names, version))
 
     threads = [threading.Thread(target=work, args=(fd,)) for fd in fds]
@@ -290,7 +303,7 @@ def test_call_that_is_interrupted_leaves_the_program_usable(backend, another):
     finally:
         signal.signal(signal.SIGALRM, before)
     for _ in range(3):
-        assert backend.listdir("/dev") == ["vfio"]
+        assert backend.listdir("/dev") == ["kmsg", "vfio"]
     other.exit()
     while backend.exists(f"/sys/kernel/iommu_groups/{DEVICE.group}") and backend.exists(DEVICE.node):
         pass
@@ -498,7 +511,7 @@ def test_program_whose_server_has_ended_is_told_and_can_go_on_with_the_next_one(
     second = ServedMachine("power8", machine.path)
     fresh = second.renew()
     assert fresh is not backend
-    assert fresh.listdir("/dev") == ["vfio"]
+    assert fresh.listdir("/dev") == ["kmsg", "vfio"]
     assert fresh.read_text("/proc/sys/kernel/random/boot_id") != boot
     second.end()
 

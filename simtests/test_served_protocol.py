@@ -43,9 +43,9 @@ def good(machine: ServedMachine) -> Iterator[RemoteBackend]:
     """A client that behaves, and is served before and after; the server has no more descriptors than before."""
     backend = machine.renew()
     before = len(os.listdir(f"/proc/{machine.pid}/fd"))
-    assert backend.listdir("/dev") == ["vfio"]
+    assert backend.listdir("/dev") == ["kmsg", "vfio"]
     yield backend
-    assert backend.listdir("/dev") == ["vfio"]
+    assert backend.listdir("/dev") == ["kmsg", "vfio"]
     assert len(os.listdir(f"/proc/{machine.pid}/fd")) == before
     assert [client["pid"] for client in remote.status(str(machine.path))["clients"]] == [os.getpid()]
     backend.exit()
@@ -90,7 +90,7 @@ class Peer:
 
 def hello(*, version: int = wire.VERSION, values: object = None) -> bytes:
     if values is None:
-        values = [0, -1, True, *remote._proof(), False]
+        values = [0, None, -1, True, *remote._proof(), False]
     return wire.MAGIC + bytes([version]) + json.dumps(values).encode()
 
 
@@ -110,9 +110,12 @@ BEFORE_HELLO = {
     "no greeting": wire.encode(Kind.HELLO, 1, b"hello?"),
     "greeting alone": wire.encode(Kind.HELLO, 1, wire.GREETING),
     "hello of no list": wire.encode(Kind.HELLO, 1, hello(values={})),
-    "hello of wrong kinds": wire.encode(Kind.HELLO, 1, hello(values=[0, 0, 0, 0, 0, 0])),
-    "hello without memory": wire.encode(Kind.HELLO, 1, hello(values=[0, 0, True, 0, "", False])),
-    "hello of a child without a parent": wire.encode(Kind.HELLO, 1, hello(values=[7, 7, True, *remote._proof(), True])),
+    "hello of wrong kinds": wire.encode(Kind.HELLO, 1, hello(values=[0, 0, 0, 0, 0, 0, 0])),
+    "hello of no groups": wire.encode(Kind.HELLO, 1, hello(values=[0, [], 0, True, *remote._proof(), False])),
+    "hello without memory": wire.encode(Kind.HELLO, 1, hello(values=[0, None, 0, True, 0, "", False])),
+    "hello of a child without a parent": wire.encode(
+        Kind.HELLO, 1, hello(values=[7, None, 7, True, *remote._proof(), True])
+    ),
     "call before hello": wire.encode(Kind.LISTDIR, 1, b'["/dev"]'),
     "child before hello": wire.encode(Kind.ADOPT, 1, json.dumps(remote._proof()).encode()),
     "answer": wire.encode(Kind.RESULT, 1),

@@ -272,20 +272,25 @@ def test_obstacles_of_a_bound_device_that_somebody_has_open():
     assert error.holders == ((77, "qemu"),)
 
 
-def test_no_obstacle(monkeypatch):
+def test_no_obstacle():
     host = Host(Function("0000:00:01.0", "vfio-pci", group=1))
-    monkeypatch.setattr("os.geteuid", lambda: 0)
     assert obstacles.of(host, "0000:00:01.0") == []
 
 
 @pytest.mark.parametrize(("mode", "denied"), [(0o600, True), (0o660, True), (0o666, False), (0o644, True)])
-def test_obstacles_for_a_user_are_owner_and_mode(monkeypatch, mode, denied):
+def test_obstacles_for_a_user_are_owner_and_mode(mode, denied):
     host = Host(Function("0000:00:01.0", "vfio-pci", group=1))
     host.nodes[1].mode = mode
-    monkeypatch.setattr("os.geteuid", lambda: 4321)
-    monkeypatch.setattr("os.getegid", lambda: 4321)
-    monkeypatch.setattr("os.getgroups", list)
-    assert [type(error) for error in obstacles.of(host, "0000:00:01.0")] == [errors.AccessDenied] * denied
+    user = host.another_process(uid=4321)
+    assert [type(error) for error in obstacles.of(user, "0000:00:01.0")] == [errors.AccessDenied] * denied
+
+
+@pytest.mark.parametrize(("groups", "denied"), [((4321,), True), ((4321, 36), False), ((36,), False)])
+def test_obstacles_for_a_member_of_the_nodes_group(groups, denied):
+    host = Host(Function("0000:00:01.0", "vfio-pci", group=1))
+    host.nodes[1].gid, host.nodes[1].mode = 36, 0o660
+    user = host.another_process(uid=4321, groups=groups)
+    assert [type(error) for error in obstacles.of(user, "0000:00:01.0")] == [errors.AccessDenied] * denied
 
 
 # --- pci.ids ---

@@ -174,7 +174,7 @@ def carry_out(backend: Backend, book: journal.Journal, planned: plan.Plan, held:
             address = move.device.address
             book.devices[address] = replace(book.devices[address], new_id=None)  # withdrawn by now
         for gift in planned.gifts:
-            _make(backend, gift.steps)
+            _make(backend, gift.anew(plan.node_state(backend, gift.after.group)).steps)
     except BaseException as error:
         changed = _changed(backend, planned)
         failures = _put_back(backend, moved, planned.nodes, held=held) + _take_back(planned.files)
@@ -261,7 +261,7 @@ def _return_nodes(backend: Backend, nodes: Iterable[journal.NodeState]) -> list[
         try:
             now = plan.node_state(backend, node.group)
             if now is not None:
-                _make(backend, plan.Gift(now, node).steps)
+                _make(backend, plan.Gift(now, plan.Access.like(node)).steps)
         except OSError as error:
             failures.append((sysfs.node(node.group), error))
     return failures
@@ -316,7 +316,7 @@ def _open_when_free(backend: Backend, group: int, deadline: float) -> int | None
             if missing(error):
                 return None  # on a VFIO driver without a group's node, or just going away
             if error.errno in (errno.EACCES, errno.EPERM):
-                raise errors.NotPrivileged(f"release group {group}", owner.me(), error.errno) from error
+                raise errors.NotPrivileged(f"release group {group}", str(owner.me(backend)), error.errno) from error
             if error.errno != errno.EBUSY:
                 raise
         if time.monotonic() >= deadline:

@@ -41,7 +41,7 @@ class Write:
         try:
             backend.write_text(self.path, self.text + "\n")
         except OSError as error:
-            raise _explained(error, self) from error
+            raise _explained(backend, error, self) from error
 
     def shell(self) -> str:
         return f"echo {shlex.quote(self.text) + ' ' if self.text else ''}> {self.path}"
@@ -59,7 +59,7 @@ class Chown:
         try:
             backend.chown(self.path, self.uid, self.gid)
         except OSError as error:
-            raise _explained(error, self) from error
+            raise _explained(backend, error, self) from error
 
     def shell(self) -> str:
         return f"chown {diagnose.user_name(self.uid)}:{diagnose.group_name(self.gid)} {self.path}"
@@ -76,7 +76,7 @@ class Chmod:
         try:
             backend.chmod(self.path, self.mode)
         except OSError as error:
-            raise _explained(error, self) from error
+            raise _explained(backend, error, self) from error
 
     def shell(self) -> str:
         return f"chmod {self.mode:04o} {self.path}"
@@ -217,8 +217,8 @@ def moves(device: sysfs.PciDevice, driver: str | None, override: str | None, pro
     return changes
 
 
-def _explained(error: OSError, change: Change) -> OSError:
+def _explained(backend: Backend, error: OSError, change: Change) -> OSError:
     number = error.errno or errno.EIO
     if number in (errno.EACCES, errno.EPERM):
-        return errors.NotPrivileged(change.shell(), owner.me(), number)
+        return errors.NotPrivileged(change.shell(), str(owner.me(backend)), number)
     return errors.CallFailed(number, change.shell(), os.strerror(number))

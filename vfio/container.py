@@ -9,6 +9,7 @@ import errno
 import os
 import sys
 import threading
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
 from vfio import diagnose, errors, iommu, sysfs, uapi
@@ -17,6 +18,7 @@ from vfio.closing import Closing
 from vfio.iommu.model import Iommu
 
 if TYPE_CHECKING:
+    from vfio.eeh import Eeh
     from vfio.group import Group
 
 PATH = "/dev/vfio/vfio"
@@ -132,6 +134,13 @@ class Container(Closing):
                 self._unset_iommu()
                 raise
             return found
+
+    @cached_property
+    def eeh(self) -> Eeh:
+        """The error handling of POWER: the state of the PEs, and what brings them back."""
+        from vfio.eeh import Eeh  # only who needs it waits for it
+
+        return Eeh(self)
 
     def choose_iommu(self) -> Iommu:
         """Give the container the best IOMMU model that the platform accepts, and return it.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
-from vfio import errors, info, uapi
+from vfio import errors, info, reset, uapi
 from vfio.closing import Closing
 from vfio.irq import Irq
 from vfio.region import Region
@@ -14,6 +15,7 @@ from vfio.region import Region
 if TYPE_CHECKING:
     from vfio.group import Group
     from vfio.iommu.model import Iommu
+    from vfio.pci import ConfigSpace
 
 BAR0, BAR1, BAR2, BAR3, BAR4, BAR5 = range(uapi.VFIO_PCI_BAR0_REGION_INDEX, uapi.VFIO_PCI_BAR5_REGION_INDEX + 1)
 ROM = uapi.VFIO_PCI_ROM_REGION_INDEX
@@ -90,6 +92,13 @@ class Device(Closing):
         """PCI configuration space."""
         return self.region(CONFIG)
 
+    @cached_property
+    def pci(self) -> ConfigSpace:
+        """The same, decoded: ``device.pci.command.bus_master = True``."""
+        from vfio.pci import ConfigSpace  # 10 ms of tables that few programs look at
+
+        return ConfigSpace(self.config)
+
     def irq(self, index: int) -> Irq:
         """The interrupt index (``uapi.VFIO_PCI_*_IRQ_INDEX``); raises `errors.NoInterrupt` where there is none."""
         if index not in self._irqs:
@@ -146,6 +155,14 @@ class Device(Closing):
         except OSError as error:
             why = "it has no function reset, and its bus cannot be reset alone" if error.errno == errno.EINVAL else ""
             raise errors.CallFailed(error.errno or errno.EIO, f"cannot reset {self.address}", why) from error
+
+    def hot_reset_info(self) -> list[errors.Affected]:
+        """The devices that `hot_reset` resets, this one among them; as `vfio.reset.affected`."""
+        return reset.affected(self)
+
+    def hot_reset(self, groups: Iterable[Group] | None = None) -> None:
+        """Reset the device's slot or bus, for whoever holds the groups of all devices on it: `vfio.reset.hot_reset`."""
+        reset.hot_reset(self, groups)
 
     def enable_bus_master(self, on: bool = True) -> None:
         """Let the device start DMA (PCI command register, bit 2).  The kernel clears it when a device is opened."""

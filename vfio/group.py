@@ -90,6 +90,11 @@ class Group(Closing):
         self._devices.add(device)
         return device
 
+    @property
+    def devices(self) -> list[Device]:
+        """Its open devices, in the order of their addresses."""
+        return sorted(self._devices, key=lambda device: device.address)
+
     def left(self, device: Device) -> None:
         """`device` was closed; the kernel lets go of a closed group with its last device."""
         self._devices.discard(device)

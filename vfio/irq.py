@@ -1,4 +1,24 @@
-"""Interrupts of a device, delivered to eventfds."""
+"""Interrupts of a device, delivered to eventfds.
+
+    with device.msix.enable(4) as vectors:
+        vectors[0].wait(timeout=1.0)
+
+An eventfd counts: `Vector.take` and `Vector.wait` return how often it fired since they were last asked.  Whatever waits
+for files can wait for a vector, as select and poll do, and asyncio:
+
+    async def interrupts(vector):
+        loop, fired = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(vector, fired.set)
+        try:
+            while True:
+                await fired.wait()
+                fired.clear()
+                yield vector.take()
+        finally:
+            loop.remove_reader(vector)
+
+Source: drivers/vfio/pci/vfio_pci_intrs.c; include/uapi/linux/vfio.h, "VFIO_DEVICE_SET_IRQS".
+"""
 
 from __future__ import annotations
 
@@ -6,7 +26,7 @@ import errno
 import os
 import select
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, overload
 
@@ -24,14 +44,16 @@ _NAMES = {
     uapi.VFIO_PCI_REQ_IRQ_INDEX: "REQ",
 }
 _EFD = os.EFD_CLOEXEC | os.EFD_NONBLOCK
+_UNMASK_BY_EVENTFD = uapi.VFIO_IRQ_SET_DATA_EVENTFD | uapi.VFIO_IRQ_SET_ACTION_UNMASK
 
 
 class Vector(Closing):
-    """One enabled interrupt: an eventfd that counts."""
+    """One enabled interrupt: an eventfd that counts.  Closing it disables this one, and leaves the others."""
 
     def __init__(self, irq: Irq, number: int) -> None:
         self.irq = irq
         self.number = number
+        """Which of the index's interrupts it is, from 0."""
         self._fd: int | None = os.eventfd(0, _EFD)
 
     def fileno(self) -> int:
@@ -60,18 +82,28 @@ class Vector(Closing):
 
     def close(self) -> None:
         if self._fd is not None:
+            self.irq.drop(self)
+
+    def release(self) -> None:
+        """Close the eventfd; the kernel's reference of it is another one."""
+        if self._fd is not None:
             fd, self._fd = self._fd, None
             os.close(fd)
 
+    def __repr__(self) -> str:
+        return f"<Vector {self.number} of {self.irq}>"
+
 
 class Vectors(Closing, Sequence[Vector]):
-    """The vectors that `Irq.enable` made; closing them disables the interrupt.
+    """The vectors that `Irq.enable` made, in the order of their numbers; closing them disables the interrupt.
 
     With one vector it can be waited for like that vector.
     """
 
-    def __init__(self, irq: Irq, vectors: list[Vector]) -> None:
+    def __init__(self, irq: Irq, vectors: list[Vector], room: int) -> None:
         self.irq = irq
+        self.room = room
+        """How many vectors, from 0, the host has allocated: those that `add` and `grow` can have anywhere."""
         self._vectors = vectors
 
     @overload
@@ -86,6 +118,29 @@ class Vectors(Closing, Sequence[Vector]):
 
     def __iter__(self) -> Iterator[Vector]:
         return iter(self._vectors)
+
+    def add(self, number: int) -> Vector:
+        """Enable vector `number` too.  Raises as `grow`, and EBUSY for one that is enabled."""
+        return self._extend(number, 1)[0]
+
+    def grow(self, count: int = 1) -> list[Vector]:
+        """Enable `count` more vectors, behind the last.
+
+        Raises `errors.NoInterrupt`: EINVAL for more than the device has, and for more than `room` where the kernel
+        cannot add to what it allocated when the interrupt was enabled (VFIO_IRQ_INFO_NORESIZE: MSI everywhere, MSI-X on
+        POWER).
+        """
+        return self._extend(self._vectors[-1].number + 1 if self._vectors else 0, count)
+
+    def _extend(self, start: int, count: int) -> list[Vector]:
+        added = self.irq.extend(self, start, count)
+        self._vectors = sorted([*self._vectors, *added], key=lambda vector: vector.number)
+        self.room = max(self.room, start + count)
+        return added
+
+    def forget(self, vector: Vector) -> None:
+        """`vector` was disabled."""
+        self._vectors.remove(vector)
 
     def fileno(self) -> int:
         """The eventfd of the only vector."""
@@ -111,6 +166,34 @@ class Vectors(Closing, Sequence[Vector]):
         self.irq.disable()
 
 
+class Resample(Closing):
+    """An eventfd that unmasks INTx when it is written to: by `fire`, or by whoever has it, without a call to VFIO."""
+
+    def __init__(self, irq: Irq) -> None:
+        self.irq = irq
+        self._fd: int | None = os.eventfd(0, _EFD)
+
+    def fileno(self) -> int:
+        """The eventfd; the kernel reads it."""
+        if self._fd is None:
+            raise errors.Closed(f"resampling of {self.irq}")
+        return self._fd
+
+    def fire(self) -> None:
+        """Unmask; where the line is still asserted the interrupt fires again."""
+        os.eventfd_write(self.fileno(), 1)
+
+    def close(self) -> None:
+        if self._fd is not None:
+            self.irq.stop_resampling()
+
+    def release(self) -> None:
+        """Close the eventfd."""
+        if self._fd is not None:
+            fd, self._fd = self._fd, None
+            os.close(fd)
+
+
 class Irq:
     """One interrupt index of a device: INTx, MSI, MSI-X, ERR or REQ, with `count` interrupts in it.
 
@@ -121,6 +204,7 @@ class Irq:
         self.device = device
         self.index = index
         self._vectors: Vectors | None = None
+        self._resample: Resample | None = None
         info = uapi.vfio_irq_info(index=index)
         try:
             device.backend.ioctl(device.fd, uapi.VFIO_DEVICE_GET_IRQ_INFO, uapi.buffer(info))
@@ -144,50 +228,112 @@ class Irq:
     def enabled(self) -> bool:
         return self._vectors is not None
 
-    def enable(self, count: int = 1) -> Vectors:
-        """Deliver the first `count` interrupts to eventfds of their own.
+    @property
+    def resizable(self) -> bool:
+        """Whether vectors can be added behind those that were allocated when it was enabled."""
+        return not self.flags & uapi.VFIO_IRQ_INFO_NORESIZE
 
-        Raises `errors.NoInterrupt`: EINVAL for a count that the device does not have or while another kind is enabled,
-        EBUSY while it is enabled, ENOSPC where the host has fewer vectors to give.
+    def enable(self, count: int = 1, *, start: int = 0, room: int | None = None) -> Vectors:
+        """Deliver `count` interrupts, from number `start` on, to eventfds of their own.
+
+        The host allocates `room` vectors (default: start + count), so that `Vectors.grow` and `Vectors.add` find some
+        later.  Raises `errors.NoInterrupt`: EINVAL for a count that the device does not have or while another kind is
+        enabled, EBUSY while it is enabled, ENOSPC where the host has fewer vectors to give.
         """
         what = f"cannot enable {self}"
+        room = start + count if room is None else room
         if self._vectors is not None:
             raise errors.NoInterrupt(what, "it is enabled already", "close its vectors first", errno.EBUSY)
-        if not 1 <= count <= self.count:
-            raise errors.NoInterrupt(what, f"the device has {self.count} of them, and {count} were asked for")
+        if count < 1 or start < 0 or not start + count <= room <= self.count:
+            asked = f"{count} were" if not start and room == count else f"{count} from {start} on, in {room}, were"
+            raise errors.NoInterrupt(what, f"the device has {self.count} of them, and {asked} asked for")
+        self._vectors = Vectors(self, self._deliver(start, count, what, spare=room - start - count), room)
+        return self._vectors
+
+    def extend(self, vectors: Vectors, start: int, count: int) -> list[Vector]:
+        """What `Vectors.grow` and `Vectors.add` do."""
+        what = f"cannot enable more vectors of {self}"
+        if vectors is not self._vectors:
+            raise errors.Closed(f"vectors of {self}")
+        if count < 1 or start < 0 or start + count > self.count:
+            raise errors.NoInterrupt(
+                what, f"the device has {self.count} of them, and {count} from {start} on were asked for"
+            )
+        if any(start <= vector.number < start + count for vector in vectors):
+            raise errors.NoInterrupt(what, f"vector {start} is enabled already", "", errno.EBUSY)
+        if start + count > vectors.room and not self.resizable:
+            raise errors.NoInterrupt(
+                what,
+                f"the host has allocated {vectors.room} vectors and cannot add to them (NORESIZE), and "
+                f"{start + count} are needed",
+                f"enable(..., room={start + count}) allocates them all at once",
+            )
+        return self._deliver(start, count, what)
+
+    def drop(self, vector: Vector) -> None:
+        """What `Vector.close` does."""
+        try:
+            if self._vectors is None or vector not in self._vectors:
+                return
+            if self.index >= uapi.VFIO_PCI_ERR_IRQ_INDEX:  # without its one eventfd it is off
+                self.disable()
+                return
+            self._vectors.forget(vector)
+            if self.index == uapi.VFIO_PCI_MSI_IRQ_INDEX:
+                # It stays enabled, for an eventfd that nobody reads: a device cannot mask single messages of MSI, and
+                # powernv would let them go astray, as writes to bus address 0.
+                return
+            what = f"cannot disable vector {vector.number} of {self}"
+            flags = uapi.VFIO_IRQ_SET_DATA_EVENTFD | uapi.VFIO_IRQ_SET_ACTION_TRIGGER
+            self._set(flags, vector.number, 1, _descriptors([-1]), what)
+        finally:
+            vector.release()
+
+    def _deliver(self, start: int, count: int, what: str, spare: int = 0) -> list[Vector]:
+        """Eventfds for `count` vectors, and none for `spare` more behind them; if one fails, none has any."""
         vectors: list[Vector] = []
         try:
-            vectors += (Vector(self, number) for number in range(count))
-            data = b"".join(vector.fileno().to_bytes(4, sys.byteorder) for vector in vectors)
-            answer = self._set(uapi.VFIO_IRQ_SET_DATA_EVENTFD | uapi.VFIO_IRQ_SET_ACTION_TRIGGER, 0, count, data, what)
+            vectors += (Vector(self, number) for number in range(start, start + count))
+            data = _descriptors([*(vector.fileno() for vector in vectors), *[-1] * spare])
+            flags = uapi.VFIO_IRQ_SET_DATA_EVENTFD | uapi.VFIO_IRQ_SET_ACTION_TRIGGER
+            answer = self._set(flags, start, count + spare, data, what)
             if answer > 0:
                 raise errors.NoInterrupt(
-                    what, f"the host can give {answer} of {count} vectors", "ask for fewer", errno.ENOSPC
+                    what,
+                    f"the host can give {answer} of {start + count + spare} vectors",
+                    "ask for fewer",
+                    errno.ENOSPC,
                 )
         except BaseException:
             for vector in vectors:
-                vector.close()
+                vector.release()
             raise
-        self._vectors = Vectors(self, vectors)
-        return self._vectors
+        return vectors
 
     def disable(self) -> None:
         """Disable, and close the eventfds; harmless when it is not enabled."""
         if self._vectors is None:
             return
         vectors, self._vectors = self._vectors, None
+        resample, self._resample = self._resample, None
         try:
             self._set(
                 uapi.VFIO_IRQ_SET_DATA_NONE | uapi.VFIO_IRQ_SET_ACTION_TRIGGER, 0, 0, b"", f"cannot disable {self}"
             )
         finally:
-            for vector in vectors:
-                vector.close()
+            for each in (*vectors, *([resample] if resample else [])):
+                each.release()
 
     def trigger(self, start: int = 0, count: int = 1) -> None:
         """Signal the eventfds of `count` vectors from `start`, as if the device had interrupted: a loopback test."""
         flags = uapi.VFIO_IRQ_SET_DATA_NONE | uapi.VFIO_IRQ_SET_ACTION_TRIGGER
         self._set(flags, start, count, b"", f"cannot trigger {self}")
+
+    def trigger_each(self, values: Iterable[bool], start: int = 0) -> None:
+        """`trigger` for those vectors, from `start` on, whose value is true."""
+        data = bytes(map(bool, values))
+        flags = uapi.VFIO_IRQ_SET_DATA_BOOL | uapi.VFIO_IRQ_SET_ACTION_TRIGGER
+        self._set(flags, start, len(data), data, f"cannot trigger {self}")
 
     def mask(self) -> None:
         """Hold INTx back."""
@@ -196,6 +342,30 @@ class Irq:
     def unmask(self) -> None:
         """Let INTx through again; where the line is still asserted it fires at once."""
         self._set(uapi.VFIO_IRQ_SET_DATA_NONE | uapi.VFIO_IRQ_SET_ACTION_UNMASK, 0, 1, b"", f"cannot unmask {self}")
+
+    def resample(self) -> Resample:
+        """An eventfd that unmasks INTx; it goes with `disable`.  Raises `errors.NoInterrupt`: EBUSY while there is one."""
+        what = f"cannot resample {self}"
+        if self._resample is not None:
+            raise errors.NoInterrupt(what, "there is an eventfd for that already", "close that first", errno.EBUSY)
+        found = Resample(self)
+        try:
+            self._set(_UNMASK_BY_EVENTFD, 0, 1, _descriptors([found.fileno()]), what)
+        except BaseException:
+            found.release()
+            raise
+        self._resample = found
+        return found
+
+    def stop_resampling(self) -> None:
+        """What `Resample.close` does."""
+        if self._resample is None:
+            return
+        resample, self._resample = self._resample, None
+        try:
+            self._set(_UNMASK_BY_EVENTFD, 0, 1, _descriptors([-1]), f"cannot stop resampling {self}")
+        finally:
+            resample.release()
 
     def close(self) -> None:
         """`disable`, for a device that is being closed: the kernel disables what this cannot."""
@@ -229,3 +399,8 @@ class Irq:
 
     def __repr__(self) -> str:
         return f"<Irq {self}, {self.count}>"
+
+
+def _descriptors(fds: Iterable[int]) -> bytes:
+    """File descriptors as SET_IRQS takes them; -1 is none."""
+    return b"".join(fd.to_bytes(4, sys.byteorder, signed=True) for fd in fds)

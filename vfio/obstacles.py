@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import errno
-import os
 
-from vfio import changes, diagnose, errors, holders, sysfs
+from vfio import changes, diagnose, errors, holders, owner, sysfs
 from vfio.backend import Backend, missing
 
 _CONTAINER = "/dev/vfio/vfio"
@@ -55,14 +54,14 @@ def _denied(backend: Backend, node: str) -> errors.AccessDenied | None:
         if missing(error):
             return None
         raise
-    uid = os.geteuid()
-    if uid == status.uid:
+    me = owner.me(backend)
+    if me.uid == status.uid:
         bits = status.mode >> 6
-    elif status.gid in (os.getegid(), *os.getgroups()):
+    elif status.gid in me.groups:
         bits = status.mode >> 3
     else:
         bits = status.mode
-    if uid == 0 or bits & 0o6 == 0o6:
+    if me.uid == 0 or bits & 0o6 == 0o6:
         return None
-    owner = f"{diagnose.user_name(status.uid)}:{diagnose.group_name(status.gid)}"
-    return errors.AccessDenied(node, owner, status.mode, diagnose.user_name(uid))
+    belongs_to = f"{diagnose.user_name(status.uid)}:{diagnose.group_name(status.gid)}"
+    return errors.AccessDenied(node, belongs_to, status.mode, diagnose.user_name(me.uid))

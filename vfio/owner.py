@@ -1,13 +1,13 @@
-"""Whom a device node is given to: users and groups of this host."""
+"""Users and groups: whom a device node is given to, and who this process is."""
 
 from __future__ import annotations
 
 import grp
-import os
 import pwd
 from typing import NamedTuple
 
 from vfio import diagnose, errors
+from vfio.backend import Backend
 
 _HIGHEST = (1 << 32) - 2  # the highest number means "no change"
 
@@ -26,11 +26,23 @@ def parse(text: str) -> Owner:
     return Owner(_uid(user, text), _gid(group, text) if colon else None)
 
 
-def me() -> str:
-    """Who this process is, for a person."""
-    uid = os.geteuid()
-    name = diagnose.user_name(uid)
-    return f"uid {uid}" if name == str(uid) else f"{name} (uid {uid})"
+class Identity(NamedTuple):
+    """Who this process is for the kernel behind a backend, which may be a modelled one."""
+
+    uid: int
+    groups: tuple[int, ...]
+
+    def __str__(self) -> str:
+        name = diagnose.user_name(self.uid)
+        return f"uid {self.uid}" if name == str(self.uid) else f"{name} (uid {self.uid})"
+
+
+def me(backend: Backend) -> Identity:
+    """Effective user and groups of this process.  (proc_pid_status(5))"""
+    fields = dict(line.split(":", 1) for line in backend.read_text("/proc/self/status").splitlines() if ":" in line)
+    _real, uid, *_ = map(int, fields["Uid"].split())
+    _real, gid, *_ = map(int, fields["Gid"].split())
+    return Identity(uid, (gid, *map(int, fields["Groups"].split())))
 
 
 def _uid(text: str, whole: str) -> int:

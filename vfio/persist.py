@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vfio import errors, owner
-from vfio.backend import DEFAULT_URL, Backend
+from vfio.backend import DEFAULT_URL, Backend, open_backend
 
 DIRECTORY = "VFIO_CONFIG_DIR"
 """Environment variable that names the directory of the files instead of /etc."""
@@ -116,7 +116,9 @@ class FileChange:
         except OSError as error:
             number = error.errno or errno.EIO
             if number in (errno.EACCES, errno.EPERM):
-                raise errors.NotPrivileged(f"write {self.path}", owner.me(), number) from error
+                raise errors.NotPrivileged(
+                    f"write {self.path}", str(owner.me(open_backend(DEFAULT_URL))), number
+                ) from error
             raise errors.CallFailed(number, f"cannot write {self.path}", os.strerror(number)) from error
 
 

@@ -37,6 +37,11 @@ class Access(NamedTuple):
     mode: int | None = None
     """Permission bits."""
 
+    @classmethod
+    def like(cls, node: journal.NodeState) -> Access:
+        """All as it is with this node."""
+        return cls(node.uid, node.gid, node.mode)
+
     def of(self, node: journal.NodeState) -> journal.NodeState:
         """The node with this access."""
         return journal.NodeState(
@@ -82,7 +87,16 @@ class Gift:
     """The node of one group, from its owner to another."""
 
     before: journal.NodeState
-    after: journal.NodeState
+    wanted: Access
+
+    @property
+    def after(self) -> journal.NodeState:
+        """How the node is to be."""
+        return self.wanted.of(self.before)
+
+    def anew(self, now: journal.NodeState | None) -> Gift:
+        """The same for a node that turned out to be like this: it may have come anew, or not, and udev may have had it."""
+        return self if now is None else Gift(now, self.wanted)
 
     @property
     def steps(self) -> list[change.Change]:
@@ -161,11 +175,12 @@ def assign(
     # Those that come to VFIO first: then the node of a group that also loses a device stays.
     planned = Plan(sorted(moves, key=lambda move: move.driver != change.VFIO_PCI))
     for group, wanted in access.items():
-        comes = any(move.device.group == group and move.driver == change.VFIO_PCI for move in planned.moves)
-        goes = not comes and _goes(backend, group, planned.moves)  # and perhaps comes anew, with another VFIO driver
-        now = (None if goes else node_state(backend, group)) or journal.NodeState(group)
-        if wanted.of(now) != now:
-            planned.gifts.append(Gift(now, wanted.of(now)))
+        states = [node_state(backend, group) or journal.NodeState(group)]
+        if _goes(backend, group, planned.moves):
+            states.append(journal.NodeState(group))  # it may come anew, on another VFIO driver
+        differs = next((state for state in states if wanted.of(state) != state), None)
+        if differs is not None:
+            planned.gifts.append(Gift(differs, wanted))
     _add_nodes(backend, planned)
     _note_blockers(backend, planned, [target.device for target in targets if target.driver == change.VFIO_PCI], moving)
     return planned
@@ -276,7 +291,7 @@ def restore(backend: Backend, book: journal.Journal, chosen: Sequence[str] | Non
     for node in nodes_to_return(book, groups_of(backend, book, chosen), leaving):
         now = node_state(backend, node.group)
         if now is not None and now != node and not _goes(backend, node.group, planned.moves):
-            planned.gifts.append(Gift(now, node))
+            planned.gifts.append(Gift(now, Access.like(node)))
     return planned
 
 

@@ -6,7 +6,6 @@ interrupts are looped back by the kernel.  What a step did is undone before the 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -24,7 +23,9 @@ from vfio.irq import Irq
 from vfio.session import open_device
 
 _WINDOW_PAGES = 16
-"""Size of a test window, in pages of its own or of the host, whichever are larger."""
+"""Least size of a test window, in pages of its own or of the host, whichever are larger."""
+_SMALLEST_WINDOW = 1 << 20
+"""Bytes that a driver's queues and data fit into."""
 
 
 class Step(NamedTuple):
@@ -120,18 +121,10 @@ class _Selftest:
                 sink = undo.enter_context(DmaBuffer(length, hugetlb, self.backend))
             except errors.CallFailed as error:
                 raise _Skip(f"{error.what}: {error.why}") from None
-            undo.enter_context(window.iommu.map(source, self._free_iova(window, 1, length)))
-            undo.enter_context(window.iommu.map(sink, self._free_iova(window, 2, length), read=False))
-            where = f"{errors.span(window.start, window.size)}"
-            if self.driver is None:
-                return f"mapped and unmapped in {where}"
-            count = min(self.driver.capacity, length)
-            pattern = os.urandom(count)
-            source[:count] = pattern
-            self.driver.load(source.iova, count)
-            self.driver.store(sink.iova, count)
-            _check(sink[:count] == pattern, f"{count} bytes through {where} came back changed")
-            return f"{count} bytes there and back in {where}"
+            readable = undo.enter_context(window.iommu.map(source, self._free_iova(window, 1, length)))
+            writable = undo.enter_context(window.iommu.map(sink, self._free_iova(window, 2, length), read=False))
+            done = self.driver.move(readable, writable) if self.driver else "mapped and unmapped"
+            return f"{done} in {errors.span(window.start, window.size)}"
 
     def _free_iova(self, window: DmaWindow, n: int, length: int) -> int:
         return window.start + n * length
@@ -141,7 +134,7 @@ class _Selftest:
             raise _Skip(f"tables have {iommu.info.levels} level here")
         # Two levels need so many entries that one host page does not hold them.
         size = (
-            _WINDOW_PAGES * max(page_size, self.backend.page_size)
+            max(_SMALLEST_WINDOW, _WINDOW_PAGES * max(page_size, self.backend.page_size))
             if levels == 1
             else self.backend.page_size * page_size
         )
@@ -149,14 +142,10 @@ class _Selftest:
             return self._window(window)
 
     def _interrupt(self, irq: Irq) -> str:
-        with irq.enable(1) as vector:
-            if self.driver is None:
-                irq.trigger()
-                vector.wait(1)
-                return "looped back by the kernel"
-            self.driver.interrupt()
-            vector.wait(1)
-            self.driver.acknowledge()
-            if irq is self.device.intx:
-                irq.unmask()
+        if self.driver is not None:
+            self.driver.interrupt(irq)
             return "raised by the device"
+        with irq.enable(1) as vector:
+            irq.trigger()
+            vector.wait(1)
+            return "looped back by the kernel"

@@ -39,7 +39,8 @@ The smallest machine, and all that is needed for ``fake:FILE.toml``::
     model = "edu"
 
 Sizes and addresses are in bytes. ``topologies/example.toml`` uses every key that the modelled kernel knows, each with its
-meaning; ``[machine]``, ``index``, ``slot``, ``root_port``, ``properties`` and ``drive`` are for QEMU.
+meaning; ``[machine]``, ``index``, ``slot``, ``root_port``, ``properties`` and ``drive`` are for QEMU, and the last two for
+models of devices that know them.
 """
 
 from __future__ import annotations

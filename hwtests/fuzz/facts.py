@@ -51,7 +51,7 @@ class Facts:
         first = {group: devices[0] for group, devices in topology.groups().items()}
         return cls(
             target=target,
-            fake=f"fake:{topology.name}?page_size={page_size}",
+            fake=f"fake:{topology.name}?page_size={page_size}&freeze=0",
             page_size=page_size,
             huge_page=huge_page,
             huge_pages=huge_pages,

@@ -47,16 +47,18 @@ def _live(url: str, number: int, ready: int, go: int) -> None:
     status = 1
     try:
         remote.leave()
-        backend = open_backend(url)
-        me = str(os.getpid())
+        limit = (number + 1) << 20
+        backend = open_backend(f"{url.partition('?')[0]}?uid=0&memlock={limit}")
         fds = [backend.open("/dev/vfio/vfio", os.O_RDWR) for _ in range(1 + number % 4)]
         os.write(ready, b"+")
         os.read(go, 1)
         for _ in range(_ROUNDS):
-            assert backend.readlink("/proc/self") == me
             assert backend.ioctl(fds[-1], uapi.VFIO_CHECK_EXTENSION, uapi.VFIO_SPAPR_TCE_v2_IOMMU) == 1
             assert backend.ioctl(fds[0], uapi.VFIO_CHECK_EXTENSION, 99) == 0
-            assert len(backend.listdir("/proc/self/fd")) == len(fds)
+            assert backend.locked().limit == limit
+            assert backend.ioctl(fds[number % len(fds)], uapi.VFIO_GET_API_VERSION) == 0
+        assert backend.readlink("/proc/self") == str(os.getpid())
+        assert len(backend.listdir("/proc/self/fd")) == len(fds)
         status = 0
     except BaseException:
         import traceback

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import pytest
 
 import vfio
+import vfio.drivers.edu
 from simtests.conformance import modules
 from simtests.conformance.areas import Area
-from simtests.conformance.fixtures import area, other_program, program, v1, v2
+from simtests.conformance.fixtures import area, kernel_messages, other_program, program, v1, v2
+from simtests.conformance.freezing import Freezer
 from simtests.conformance.processes import another_process, fork
 from simtests.conformance.raw import Member
 from simtests.conformance.served import ServedMachine
@@ -23,7 +25,16 @@ from vfio.fake.fault import BusError, SegmentationFault
 from vfio.fake.machine import Machine
 from vfio.topology import Topology
 
-__all__ = ["another_process", "area", "fork", "other_program", "program", "v1", "v2"]  # fixtures, found here by name
+__all__ = [
+    "another_process",
+    "area",
+    "fork",
+    "kernel_messages",
+    "other_program",
+    "program",
+    "v1",
+    "v2",
+]  # fixtures, found here by name
 
 _TARGETS = {
     "power8": "powernv8",
@@ -72,6 +83,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         everywhere = [f"fake:{preset}" for preset in presets] + [f"unix:{preset}" for preset in _SERVED]
         if "fork" in metafunc.fixturenames:  # a machine in this process would be forked as well
             everywhere = [name for name in everywhere if name.startswith("unix:")]
+        if "freezer" in metafunc.fixturenames:  # which has the machine's clock in hand
+            everywhere = [name for name in everywhere if name.startswith("fake:")]
         chosen = [name for name in everywhere if all(presets[name[5:]] in names for names in marks)]
         metafunc.parametrize("target", chosen, indirect=True, ids=chosen)
 
@@ -84,7 +97,7 @@ def target(request: pytest.FixtureRequest) -> FakeTarget:
     served = request.getfixturevalue("servers")(preset) if scheme == "unix" else None
     return FakeTarget(
         (_TARGETS | _FOR_SOME)[preset],
-        f"fake:{preset}",
+        _url(preset),
         served,
         machine.page_size,
         machine.topology.platform.name,
@@ -100,7 +113,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
 
     def start(preset: str) -> ServedMachine:
         if preset not in started:
-            started[preset] = ServedMachine(preset, tmp_path_factory.mktemp("served") / "socket")
+            started[preset] = ServedMachine(_url(preset)[5:], tmp_path_factory.mktemp("served") / "socket")
         return started[preset]
 
     yield start
@@ -162,6 +175,26 @@ def two_edus(backend: Backend, target: FakeTarget) -> list[str]:
     """Addresses of two edus in groups of their own, on vfio-pci."""
     found = [device.address for device in target.topology.devices if device.model == "edu"][:2]
     return [_bound(backend, target, address).address for address in found]
+
+
+class _Freezer(Freezer):
+    """The model freezes; its clock is virtual."""
+
+    def __init__(self, backend: FakeBackend) -> None:
+        super().__init__(backend)
+        self._machine = backend.machine
+
+    def __call__(self, address: str, what: str = "both") -> None:
+        self._machine.eeh.of(address).freeze = what  # type: ignore[assignment]
+
+    def sleep(self, seconds: float) -> None:
+        self._machine.clock.advance(seconds)
+
+
+@pytest.fixture
+def freezer(backend: FakeBackend) -> Freezer:
+    """Freezes PEs."""
+    return _Freezer(backend)
 
 
 @pytest.fixture
@@ -252,10 +285,15 @@ def _open(url: str) -> FakeBackend:
     return backend
 
 
+def _url(preset: str) -> str:
+    """What the lab's QEMU does, the fake does here: no PE freezes by itself."""
+    return f"fake:{preset}{'&' if '?' in preset else '?'}freeze=0"
+
+
 @functools.cache
 def _described(preset: str) -> Machine:
     """A machine that is only looked at."""
-    return presets.machine_alone(f"fake:{preset}")
+    return presets.machine_alone(_url(preset))
 
 
 def _leaks(backend: Backend) -> list[str]:

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from simtests.conformance.areas import Area
+from simtests.conformance.freezing import KernelMessages
 from simtests.conformance.raw import V1, V2, Container, Member, Program
 from vfio.backend import Backend
 
-__all__ = ["area", "other_program", "program", "v1", "v2"]
+__all__ = ["area", "kernel_messages", "other_program", "program", "v1", "v2"]
 
 
 @pytest.fixture
@@ -57,3 +58,11 @@ def other_program(another_process: Callable[..., Any]) -> Callable[..., Program]
     (CAP_IPC_LOCK; None: as root has it).
     """
     return lambda **options: Program(another_process(**options))
+
+
+@pytest.fixture
+def kernel_messages(backend: Backend) -> Iterator[KernelMessages]:
+    """What the kernel says from here on."""
+    messages = KernelMessages(backend)
+    yield messages
+    messages.close()

@@ -50,7 +50,9 @@ class Connection:
         return self.answer()
 
     def send(self, kind: Kind, body: bytes, descriptors: Sequence[int] = ()) -> None:
-        """Make a request whose answer is taken later."""
+        """Make a request whose answer is taken later.  Raises ValueError for one that is too long, and sends nothing."""
+        if len(body) + 4 * len(descriptors) > wire.LONGEST:
+            raise ValueError(f"a request of {len(body)} bytes: {wire.LONGEST} are possible")
         try:
             while len(descriptors) > wire.MOST_AT_ONCE:
                 first, descriptors = descriptors[: wire.MOST_AT_ONCE], descriptors[wire.MOST_AT_ONCE :]

@@ -19,7 +19,7 @@ import os
 import secrets
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -76,7 +76,7 @@ class RemoteBackend(Backend):
     # --- files and devices ---
 
     def open(self, path: str, flags: int) -> int:
-        return self._descriptor(self._ask(Kind.OPEN, wire.as_json([path, flags, _has_room()])))
+        return self._descriptor(self._ask(Kind.OPEN, _arguments(path, flags, _has_room())))
 
     def close(self, fd: int) -> None:
         os.close(fd)
@@ -102,6 +102,8 @@ class RemoteBackend(Backend):
         return result
 
     def pread(self, fd: int, length: int, offset: int) -> bytes:
+        if length < 0:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         found = b""
         while True:
             piece = min(length - len(found), wire.PIECE)
@@ -121,7 +123,7 @@ class RemoteBackend(Backend):
                 return done
 
     def mmap(self, fd: int, length: int, offset: int, prot: int) -> Mapping:
-        frame = self._ask(Kind.MMAP, wire.as_json([fd, length, offset, prot]), (fd,))
+        frame = self._ask(Kind.MMAP, _arguments(fd, length, offset, prot), (fd,))
         number, start = wire.from_json(frame.body)
         plain = None
         if frame.descriptors:
@@ -139,14 +141,14 @@ class RemoteBackend(Backend):
     def add_large(self, address: int, length: int, page: int) -> None:
         """This memory of the program counts as hugetlb pages of `page` bytes from now on."""
         if page > self.page_size:
-            self._ask(Kind.ADD_LARGE, wire.as_json([address, length, page]))
+            self._ask(Kind.ADD_LARGE, _arguments(address, length, page))
 
     def remove_large(self, address: int) -> None:
         """It does so no more."""
-        self._ask(Kind.REMOVE_LARGE, wire.as_json([address]))
+        self._ask(Kind.REMOVE_LARGE, _arguments(address))
 
     def populate(self, address: int, length: int) -> None:
-        self._ask(Kind.POPULATE, wire.as_json([address, length]))
+        self._ask(Kind.POPULATE, _arguments(address, length))
 
     # --- sysfs, procfs, devtmpfs ---
 
@@ -180,7 +182,7 @@ class RemoteBackend(Backend):
     # --- requests ---
 
     def _value(self, kind: Kind, *arguments: object) -> Any:
-        return wire.from_json(self._ask(kind, wire.as_json(arguments)).body)
+        return wire.from_json(self._ask(kind, _arguments(*arguments)).body)
 
     def _ask(
         self,
@@ -402,29 +404,30 @@ def _follow_forks() -> None:
     if _following:
         return
     _following = True
+    one_at_a_time = threading.Lock()
     prepared: list[RemoteBackend] = []
 
     def before() -> None:
+        one_at_a_time.acquire()
         prepared[:] = list(_backends)
         for backend in prepared:
             backend.before_fork()
 
-    def after(what: Callable[[RemoteBackend], None]) -> Callable[[], None]:
-        def run() -> None:
-            global _opening
-            if what is RemoteBackend.after_fork_in_child:
-                _opening = threading.Lock()
-            for backend in prepared:
-                what(backend)
-            prepared.clear()
+    def in_parent() -> None:
+        for backend in prepared:
+            backend.after_fork_in_parent()
+        prepared.clear()
+        one_at_a_time.release()
 
-        return run
+    def in_child() -> None:
+        global _opening
+        _opening = threading.Lock()  # which another thread of the parent may have had
+        for backend in prepared:
+            backend.after_fork_in_child()
+        prepared.clear()
+        one_at_a_time.release()
 
-    os.register_at_fork(
-        before=before,
-        after_in_parent=after(RemoteBackend.after_fork_in_parent),
-        after_in_child=after(RemoteBackend.after_fork_in_child),
-    )
+    os.register_at_fork(before=before, after_in_parent=in_parent, after_in_child=in_child)
 
 
 def _allow(server: int) -> None:
@@ -434,6 +437,14 @@ def _allow(server: int) -> None:
 
 def _proof() -> list[object]:
     return [ctypes.addressof(_PROOF_COPY), _PROOF.hex()]
+
+
+def _arguments(*values: object) -> bytes:
+    """The body of a request.  The server takes a number of more than 64 bits for an attack."""
+    for value in values:
+        if isinstance(value, int) and not -(1 << 63) <= value <= _U64:
+            raise OverflowError(f"{value} has more than 64 bits")
+    return wire.as_json(values)
 
 
 def _has_room() -> bool:

@@ -6,33 +6,32 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from vfio.device import Device
+    from vfio.dma import Dma
+    from vfio.irq import Irq
 
 
 class Exerciser(Protocol):
-    """What a driver offers to whoever wants to see a device move data and interrupt."""
-
-    capacity: int
-    """How many bytes the device can hold."""
-
-    def load(self, iova: int, length: int) -> None:
-        """Let the device read `length` bytes from `iova` into itself (DMA read)."""
-
-    def store(self, iova: int, length: int) -> None:
-        """Let the device write `length` bytes of what it holds to `iova` (DMA write)."""
-
-    def interrupt(self) -> None:
-        """Let the device interrupt."""
-
-    def acknowledge(self) -> None:
-        """Tell the device that its interrupt was seen."""
+    """What a driver offers to whoever wants to see a device move data and interrupt, and nothing on it changed."""
 
     def identify(self) -> str:
         """What the device says of itself, read from its registers."""
 
+    def move(self, source: Dma, sink: Dma) -> str:
+        """Move data through the window of `source`, which the device may read, and `sink`, which it may write.
+
+        Says what was moved; raises AssertionError where it arrived changed.
+        """
+
+    def interrupt(self, irq: Irq) -> None:
+        """Let the device interrupt by `irq`, which is not enabled, and see it arrive.  Raises `errors.TimedOut`."""
+
 
 def find(device: Device) -> Exerciser | None:
-    """The driver for `device`, started; None where this library has none for it."""
-    from vfio.drivers.edu import Edu
+    """The driver for `device`; None where this library has none for it."""
+    from vfio.drivers import edu, exercise, nvme
 
-    identity = (device.config.read16(0), device.config.read16(2))
-    return Edu(device) if identity == Edu.ID else None
+    if (device.config.read16(0), device.config.read16(2)) == edu.Edu.ID:
+        return exercise.EduExerciser(device)
+    if device.config.read32(8) >> 8 == nvme.CLASS:
+        return exercise.NvmeExerciser(device)
+    return None

@@ -20,6 +20,7 @@ _DMA_SOURCE, _DMA_DESTINATION, _DMA_COUNT, _DMA_COMMAND = 0x80, 0x88, 0x90, 0x98
 
 _MAGIC, _MAGIC_MASK = 0x010000ED, 0x0000FFFF
 _BUSY = 1
+_ALL_ONES = 0xFFFF_FFFF
 _RUN, _TO_MEMORY, _INTERRUPT_WHEN_DONE = 1, 2, 4
 _BUFFER = 0x40000
 """Where the DMA engine sees the device's own memory."""
@@ -105,7 +106,9 @@ class Edu:
 
     def _wait(self, register: int, busy: int, timeout: float, what: str) -> None:
         end = time.monotonic() + timeout
-        while self.bar.read32(register) & busy:
+        while (value := self.bar.read32(register)) & busy:
+            if value == _ALL_ONES:
+                raise errors.DeviceFrozen(self.device.address)
             if time.monotonic() > end:
                 raise errors.TimedOut(f"{what} of {self.device.address}", timeout)
             time.sleep(0.002)

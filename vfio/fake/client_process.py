@@ -7,6 +7,7 @@ import itertools
 import resource
 from typing import TYPE_CHECKING, NamedTuple
 
+from vfio.fake import procfd
 from vfio.fake.device_file import HeldMapping
 from vfio.fake.kernel_error import fail
 from vfio.fake.memory import AddressSpace
@@ -86,6 +87,9 @@ class ClientProcess(Process):
         if fd not in self._named:
             raise fail(errno.EBADF)
         return self._named[fd]
+
+    def eventfds(self) -> set[str]:
+        return procfd.eventfds(self.pid) if self.pid != UNADOPTED else set()
 
     def install(self, file: File) -> int:
         """A descriptor that goes to the program with the answer."""

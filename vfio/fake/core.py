@@ -94,16 +94,26 @@ class VfioCore:
                 f"taking {pci.address} from its driver waits until it is closed and unmapped, and it is the caller "
                 "that has it open: close the device, and its mappings, first"
             )
-        device.group.devices.remove(device)
+        if device in device.group.devices:
+            device.group.devices.remove(device)
         count, asked = 0, self.machine.clock.now()
         if device.files:
             device.ops.request(device.data, count)
         while device.files:
             self.machine.changed.wait(_LOOK_AGAIN)
+            self.machine.clock.catch_up()
             if self.machine.clock.now() - asked >= REQUEST_INTERVAL:
                 count, asked = count + 1, self.machine.clock.now()
                 device.ops.request(device.data, count)
         self._removed(device)
+
+    def ask_back(self, device: VfioDevice, count: int = 0) -> None:
+        """Ask the users of a device to close it, again and again, and let nobody open it; does not wait for them."""
+        if device in device.group.devices:
+            device.group.devices.remove(device)
+        if device.files:
+            device.ops.request(device.data, count)
+            self.machine.clock.after(REQUEST_INTERVAL, lambda: self.ask_back(device, count + 1))
 
     def holders(self, device: VfioDevice) -> list[Process]:
         """The processes that have a device open or mapped."""

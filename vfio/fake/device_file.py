@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vfio.backend import Mapping
@@ -31,6 +32,8 @@ class VfioDevice:
         self.open_count = 0
         self.files: list[DeviceFile] = []
         """Open files, and those that mappings keep open."""
+        self.when_closed: Callable[[], None] | None = None
+        """Called when the last of them is gone."""
 
     def open(self, process: Process) -> None:
         """One more file; the first enables the device."""
@@ -75,6 +78,8 @@ class DeviceFile(File):
             return
         self.device.files.remove(self)
         self.device.close()
+        if not self.device.files and self.device.when_closed:
+            self.device.when_closed()
 
     def ioctl(self, process: Process, n: int | None, argument: Argument) -> int:
         return self.device.ops.ioctl(self.device.data, process, n, argument)

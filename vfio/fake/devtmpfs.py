@@ -1,4 +1,4 @@
-"""/dev: the container's node and the groups' of VFIO, and the host's disks."""
+"""/dev: the container's node and the groups' of VFIO, the kernel's log, and the host's disks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import stat
 from typing import TYPE_CHECKING
 
+from vfio.fake.kernel_log import KmsgFile
 from vfio.fake.kernfs import DeviceNode, Directory, Node, directory
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 VFIO_MAJOR = 246
 """Of the groups' nodes: what the kernel gave on the lab's machines."""
 
-_CONTAINER = os.makedev(10, 196)
+_CONTAINER, _KMSG = os.makedev(10, 196), os.makedev(1, 11)
 _DISK_GROUP = 6
 _DIRECTORY = "/dev/vfio/"
 
@@ -29,7 +30,8 @@ def root(machine: Machine, process: Process) -> Directory:
         for name, (address, disk) in host.disks.items()
         if machine.driver_core.on_host_driver(address)
     }
-    return directory({"vfio": _vfio(machine, process) if has_vfio(machine) else None, **disks})
+    kmsg = DeviceNode(stat.S_IFCHR, _KMSG, 0o644, opens=lambda flags: KmsgFile(machine.log, process, flags))
+    return directory({"kmsg": kmsg, "vfio": _vfio(machine, process) if has_vfio(machine) else None, **disks})
 
 
 def has_vfio(machine: Machine) -> bool:
@@ -50,7 +52,7 @@ def _vfio(machine: Machine, process: Process) -> Directory:
 
     def lookup(name: str) -> Node | None:
         if name == "vfio":
-            return DeviceNode(stat.S_IFCHR, _CONTAINER, 0o666, opens=lambda: core.open_container(process))
+            return DeviceNode(stat.S_IFCHR, _CONTAINER, 0o666, opens=lambda _: core.open_container(process))
         group = group_of(machine, _DIRECTORY + name)
         if group is None or str(group.number) != name:
             return None
@@ -60,7 +62,7 @@ def _vfio(machine: Machine, process: Process) -> Directory:
             group.mode,
             group.uid,
             group.gid,
-            opens=lambda: core.open_group(process, group.number),
+            opens=lambda _: core.open_group(process, group.number),
         )
 
     return Directory(lambda: ["vfio", *map(str, core.groups)], lookup)

@@ -21,6 +21,7 @@ from vfio.fake.pci import PciDevice, make_device
 from vfio.fake.pe import make_pe
 
 if TYPE_CHECKING:
+    from vfio.fake.device_file import VfioDevice
     from vfio.fake.machine import Machine
     from vfio.fake.process import Process
 
@@ -161,7 +162,17 @@ class DriverCore:
             self.release(pci)
         del self.devices[pci.address]
         self.host.files.pop(pci.address, None)
+        self.machine.eeh.leave(pci)
         self._leave_group(pci)
+
+    def ask_back(self, pci: PciDevice) -> VfioDevice | None:
+        """The host wants to remove a device that a user may have open: the file to wait for; None for no user."""
+        device = self.machine.vfio.devices.get(pci)
+        if device is None or not device.files:
+            return None
+        self.releasing.add(pci.address)
+        self.machine.vfio.ask_back(device)
+        return device
 
     def rescan(self, domain: int | None = None, bus: int | None = None) -> None:
         """``rescan``: what is plugged in but unknown appears, on all buses or on this one and those below it."""
@@ -180,12 +191,18 @@ class DriverCore:
             if bus is not None and device.bus not in buses:
                 continue
             buses.add(device.secondary_bus)
-            if device.address in self.devices or (parent is not None and parent.address not in self.devices):
+            if device.address in self.devices or device.address in self.machine.eeh.lost:
+                continue
+            if parent is not None and parent.address not in self.devices:
                 continue
             pci = make_device(device, self.machine, phb)
             pci.parent = self.devices[parent.address] if parent is not None else None
             _identify(pci, device)
             self._join_group(pci, device, phb)
+            if pci.pe is not None:
+                self.machine.eeh.join(pci, pci.pe.eeh)
+            elif device.pe is not None:
+                self.machine.eeh.join(pci, self.machine.eeh.pe(phb.domain, device.pe))
             self.devices[device.address] = pci
             self.host.files[device.address] = Files(numa_node=-1 if self._is_guest else 0)
             found.append(pci)

@@ -6,26 +6,20 @@ import errno
 from typing import TYPE_CHECKING
 
 from vfio import uapi
-from vfio.fake.kernel_error import fail
+from vfio.fake import error_injection
+from vfio.fake.kernel_error import KernelWouldBeHurt, fail
 
 if TYPE_CHECKING:
+    from vfio.fake.eeh_pe import EehPe
     from vfio.fake.pe import Pe
     from vfio.fake.user import Argument
 
 _MINSZ = uapi.offsetof(uapi.vfio_eeh_pe_op, "op") + 4
 _MINSZ_INJECT = uapi.sizeof(uapi.vfio_eeh_pe_op)
 
-_LAST_FUNCTION = 19
-_CONFIG_FUNCTIONS = frozenset({4, 5, 10, 11})
-_MEMORY_FUNCTIONS = frozenset({0, 1, 6, 7})
-_DMA_FUNCTIONS = range(12, 20)
-
-_STATES = {
-    "none": uapi.VFIO_EEH_PE_STATE_NORMAL,
-    "both": uapi.VFIO_EEH_PE_STATE_STOPPED,
-    "dma": uapi.VFIO_EEH_PE_STATE_STOPPED_DMA,
-    "mmio": uapi.VFIO_EEH_PE_STATE_UNAVAIL,
-}
+_HOT_RESET = {"POWER9": 4.9, "POWER10": 4.9}
+_HOT_RESET_ELSEWHERE, _FUNDAMENTAL_RESET = 4.1, 1.3
+"""Seconds that the firmware of the lab's machines takes."""
 
 
 def pe_op(pe: Pe | None, argument: Argument) -> int:
@@ -43,17 +37,22 @@ def pe_op(pe: Pe | None, argument: Argument) -> int:
         case uapi.VFIO_EEH_PE_DISABLE | uapi.VFIO_EEH_PE_CONFIGURE:
             pass
         case uapi.VFIO_EEH_PE_ENABLE:
-            pe.thaw()
+            pe.eeh.change_owner()
         case uapi.VFIO_EEH_PE_UNFREEZE_IO:
-            pe.thaw_mmio()
+            pe.eeh.thaw_mmio()
         case uapi.VFIO_EEH_PE_UNFREEZE_DMA:
-            pe.thaw_dma()
+            pe.eeh.thaw_dma()
         case uapi.VFIO_EEH_PE_GET_STATE:
-            return state(pe)
+            return pe.eeh.state
         case uapi.VFIO_EEH_PE_RESET_DEACTIVATE:
-            pe.deactivate_reset()
-        case uapi.VFIO_EEH_PE_RESET_HOT | uapi.VFIO_EEH_PE_RESET_FUNDAMENTAL:
-            pe.assert_reset()
+            pe.eeh.deactivate_reset()
+        case uapi.VFIO_EEH_PE_RESET_HOT:
+            _check_locks(pe.eeh)
+            pe.eeh.assert_reset()
+            pe.machine.clock.advance(hot_reset_seconds(pe.eeh))
+        case uapi.VFIO_EEH_PE_RESET_FUNDAMENTAL:
+            pe.eeh.assert_reset(reaches_devices=pe.machine.freezes)
+            pe.machine.clock.advance(_FUNDAMENTAL_RESET)
         case uapi.VFIO_EEH_PE_INJECT_ERR:
             _inject(pe, argument, op.argsz)
         case _:
@@ -61,33 +60,29 @@ def pe_op(pe: Pe | None, argument: Argument) -> int:
     return 0
 
 
-def state(pe: Pe) -> int:
-    """What VFIO_EEH_PE_GET_STATE returns."""
-    if pe.parent is not None and pe.parent.freeze != "none":
-        return uapi.VFIO_EEH_PE_STATE_UNAVAIL
-    return _STATES[pe.freeze]
+def hot_reset_seconds(pe: EehPe) -> float:
+    """How long the firmware takes for a hot reset."""
+    return _HOT_RESET.get(pe.machine.topology.platform.cpu, _HOT_RESET_ELSEWHERE)
+
+
+def _check_locks(pe: EehPe) -> None:
+    """A hot reset takes the lock of each device.  That of one which is being removed is held until it is closed."""
+    if pe.removed and pe.passed and pe.machine.strict:
+        raise KernelWouldBeHurt(
+            f"VFIO_EEH_PE_RESET_HOT on {pe}, which has failed for good and waits to be removed: the call would wait "
+            "for a device lock that is held until this process closes the device, and neither could ever be killed; "
+            "close the device"
+        )
 
 
 def _inject(pe: Pe, argument: Argument, argsz: int) -> None:
     if argsz < _MINSZ_INJECT:
         raise fail(errno.EINVAL)
     error = argument.read(uapi.vfio_eeh_pe_op).err
-    if error.func > _LAST_FUNCTION:
+    if error.func > error_injection.LAST_FUNCTION:
         raise fail(errno.EINVAL)
     if error.type > 1:
         raise fail(errno.ERANGE)
-    if not _firmware_injects(pe, error.type, error.func):
+    if not error_injection.firmware_takes(pe, error.func, bool(error.type)):
         raise fail(errno.EIO)
-
-
-def _firmware_injects(pe: Pe, kind: int, function: int) -> bool:
-    """PHB4 and later inject into config space only; PHB3 into memory space as well, and into a DMA window there is."""
-    if function in _CONFIG_FUNCTIONS:
-        return True
-    if pe.machine.topology.platform.cpu not in ("POWER7", "POWER8"):
-        return False
-    if function in _DMA_FUNCTIONS:
-        group = pe.table_group
-        start = group.second_start if kind else group.tce32_start
-        return any(table is not None and table.start == start for table in group.tables)
-    return function in _MEMORY_FUNCTIONS
+    error_injection.inject(pe, error.func, bool(error.type), error.addr, error.mask)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import resource
 import select
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 
+from vfio.fake import procfd
 from vfio.fake.kernel_error import fail
 from vfio.fake.process import Process
 
@@ -21,10 +21,10 @@ class EventFd:
     def __init__(self, process: Process, fd: int) -> None:
         """EBADF for what is not open, EINVAL for what is no eventfd."""
         fd = process.descriptor(fd)
-        if os.readlink(f"/proc/self/fd/{fd}") != "anon_inode:[eventfd]":
+        if not procfd.is_eventfd(fd):
             raise fail(errno.EINVAL)
         self.fd = _aside(fd)
-        self.identity = _identity(self.fd)
+        self.identity = procfd.eventfd_identity(self.fd)
         """What tells one eventfd from another, whatever the descriptor."""
         self._virqfds = process.machine.virqfds
 
@@ -55,6 +55,10 @@ class VirqFd:
         """Do it no more."""
         self._listener.remove(self)
 
+    def open_in(self, processes: Iterable[Process]) -> bool:
+        """Whether one of these has the eventfd open; it ends with the last that closes it."""
+        return any(self._listener.identity in process.eventfds() for process in processes)
+
 
 class VirqFds:
     """The eventfds that the kernel listens to; handlers are called under `lock`.
@@ -69,9 +73,17 @@ class VirqFds:
         self._lock = lock
         self._listeners: dict[str, _Listener] = {}
 
-    def listen(self, process: Process, fd: int, handler: Callable[[], None]) -> VirqFd:
-        """Call `handler` for each signal of the eventfd; EBADF and EINVAL as `EventFd`."""
+    def listen(self, process: Process, fd: int, handler: Callable[[], None], there: VirqFd | None = None) -> VirqFd:
+        """Call `handler` for each signal of the eventfd, in the place of `there`, whose eventfd is closed.
+
+        EBADF and EINVAL as `EventFd`; EBUSY if that one is not closed.
+        """
         eventfd = EventFd(process, fd)
+        if there and there.open_in(process.machine.processes):
+            eventfd.put()
+            raise fail(errno.EBUSY)
+        if there:
+            there.put()
         pending = _readable(eventfd.fd)
         listener = self._listeners.get(eventfd.identity)
         if listener:
@@ -103,6 +115,7 @@ class _Listener:
 
     def __init__(self, eventfd: EventFd, lock: threading.RLock, ended: Callable[[], object]) -> None:
         self._eventfd, self._lock, self._on_end = eventfd, lock, ended
+        self.identity = eventfd.identity
         wake = os.eventfd(0, os.EFD_CLOEXEC)
         self._wake = _aside(wake)
         os.close(wake)
@@ -167,9 +180,7 @@ class _Listener:
 
 def _aside(fd: int) -> int:
     """A duplicate with a high number: a kernel's references take none of the numbers that its processes get next."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = 1 << 16
-    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, most if limit == resource.RLIM_INFINITY else min(limit // 2, most))
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, procfd.lowest_aside())
 
 
 def _readable(fd: int) -> bool:
@@ -177,8 +188,3 @@ def _readable(fd: int) -> bool:
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return bool(poll.poll(0))
-
-
-def _identity(fd: int) -> str:
-    with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as file:
-        return next((line for line in file if line.startswith("eventfd-id")), f"descriptor {fd}")

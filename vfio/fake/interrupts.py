@@ -207,11 +207,7 @@ class Interrupts:
         if self.active != INTX or start or count != 1:
             raise fail(errno.EINVAL)
         if kind == _EVENTFD and values[0] >= 0:
-            listener = self._pci.machine.virqfds.listen(process, values[0], self.unmask_intx)
-            if self._unmask:
-                listener.put()
-                raise fail(errno.EBUSY)
-            self._unmask = listener
+            self._unmask = self._pci.machine.virqfds.listen(process, values[0], self.unmask_intx, self._unmask)
         elif kind == _EVENTFD:
             self._drop_unmask()
         elif kind == _NONE or values[0]:

@@ -91,7 +91,8 @@ def text(content: str) -> Attribute:
 
 
 class DeviceNode(Node):
-    """A character or block device; `opens` makes an open file of it, None for one that the model cannot open."""
+    """A character or block device; `opens` makes an open file of it with these flags, None for one that the model
+    cannot open."""
 
     def __init__(
         self,
@@ -100,7 +101,7 @@ class DeviceNode(Node):
         mode: int,
         uid: int = 0,
         gid: int = 0,
-        opens: Callable[[], File] | None = None,
+        opens: Callable[[int], File] | None = None,
     ) -> None:
         super().__init__(kind | mode, uid, gid)
         self.rdev = rdev

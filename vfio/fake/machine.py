@@ -9,8 +9,10 @@ from vfio import uapi
 from vfio.fake.clock import Clock
 from vfio.fake.core import VfioCore
 from vfio.fake.driver_core import DriverCore
+from vfio.fake.eeh_host import EehHost
 from vfio.fake.eventfd import VirqFds
 from vfio.fake.hooks import Hooks
+from vfio.fake.kernel_log import KernelLog
 from vfio.fake.process import Process
 
 if TYPE_CHECKING:
@@ -26,16 +28,24 @@ class Machine:
     """A host with a VFIO kernel, built from a topology.
 
     `page_size` is the host page in bytes, `kernel` the version whose answers it gives, `strict` whether it raises
-    `KernelWouldBeHurt` rather than answer a call that would corrupt or hang a real kernel.
+    `KernelWouldBeHurt` rather than answer a call that would corrupt or hang a real kernel.  `freezes` is whether the
+    hardware freezes a PE on an error, and keeps a frozen one from the rest of the machine; QEMU's does neither.
     """
 
     def __init__(
-        self, topology: Topology, *, page_size: int = 4096, kernel: tuple[int, int] = (6, 12), strict: bool = True
+        self,
+        topology: Topology,
+        *,
+        page_size: int = 4096,
+        kernel: tuple[int, int] = (6, 12),
+        strict: bool = True,
+        freezes: bool = True,
     ) -> None:
         self.topology = topology
         self.page_size = page_size
         self.kernel = kernel
         self.strict = strict
+        self.freezes = freezes and topology.platform.eeh
         self.lock = threading.RLock()
         """Held during every call: the modelled kernel does one thing at a time."""
         self.changed = threading.Condition(self.lock)
@@ -43,10 +53,14 @@ class Machine:
         self.virqfds = VirqFds(self.lock)
         """The eventfds at which a process asks for something: to unmask an interrupt, to write a register."""
         self.clock = Clock()
+        self.log = KernelLog(self.clock)
+        """What /dev/kmsg tells."""
         self.hooks = Hooks()
         self.processes: list[Process] = []
         self.iommu_groups: dict[int, IommuGroup] = {}
         self.pes: list[Pe] = []
+        self.eeh = EehHost(self)
+        """EEH: freeze a PE, thaw it, let it fail."""
         self.vfio = VfioCore(self)
         self.driver_core = DriverCore(self)
         self.driver_core.boot()

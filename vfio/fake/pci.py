@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vfio import topology
+from vfio.fake import error_injection
 from vfio.fake import registers as reg
 from vfio.fake.kernel_error import fail
 
 if TYPE_CHECKING:
     from vfio.fake.devices.model import PciModel
+    from vfio.fake.eeh_pe import EehPe
     from vfio.fake.iommu_group import IommuGroup
     from vfio.fake.machine import Machine
     from vfio.fake.pe import Pe
@@ -84,6 +86,8 @@ class PciDevice:
         self.registers = model.registers
         self.bars: dict[int, Bar] = {bar.index: bar for bar in model.bars}
         self.pe: Pe | None = None
+        self.eeh: EehPe | None = None
+        """The PE that EEH knows it in; bridges have one too."""
         self.group: IommuGroup | None = None
         self.driver: str | None = None
         self.driver_override: str | None = None
@@ -170,24 +174,27 @@ class PciDevice:
 
     @property
     def blocked(self) -> bool:
-        """Whether EEH keeps configuration space out of reach: its PE is in reset."""
-        return self.pe is not None and self.pe.blocked
+        """Whether EEH keeps configuration space out of reach: its PE is in reset, or has failed for good."""
+        return self.eeh is not None and (self.eeh.blocked or self.eeh.removed)
 
     def config_read(self, offset: int, width: int) -> int:
         """A read on the bus; ENODEV while it is blocked."""
         if self.blocked:
             raise fail(errno.ENODEV)
-        return self.registers.get(offset, width)
+        return self._config_ones(width) if self._config_hit(write=False) else self.registers.get(offset, width)
 
     def host_read(self, offset: int, width: int) -> int:
         """A read by kernel code that does not look whether it failed: all ones while it is blocked."""
-        return (1 << 8 * width) - 1 if self.blocked else self.registers.get(offset, width)
+        ones = self.blocked or self._config_hit(write=False)
+        return self._config_ones(width) if ones else self.registers.get(offset, width)
 
     def config_write(self, offset: int, width: int, value: int) -> None:
         """A write on the bus, with what the hardware does about it: resets, masks, power states.  ENODEV while it is
         blocked."""
         if self.blocked:
             raise fail(errno.ENODEV)
+        if self._config_hit(write=True):
+            return
         was_in_d3 = self._hardware_power() == 3
         self.registers.write(offset, width, value)
         express = self.registers.find(reg.CAP_EXPRESS)
@@ -198,6 +205,28 @@ class PciDevice:
             self.model.reset()
         self.model.config_written(offset, width)
         self.check_line()
+
+    def host_config(self) -> bytes:
+        """All of it as the host reads it for sysfs: all ones while it is out of reach."""
+        if self.blocked or self._config_hit(write=False):
+            return self._config_ones(self.config_size).to_bytes(self.config_size, "little")
+        data = bytes(self.registers.value)
+        if any(data[at : at + 4] == _ONES for at in range(0, len(data), 4)):
+            self.machine.eeh.check_failure(self)
+        return data
+
+    def _config_hit(self, write: bool) -> bool:
+        """Whether a configuration access comes to nothing, because of a freeze or an injected error."""
+        if self.eeh is not None and self.eeh.stops_config:
+            return True
+        address = error_injection.config_address(self.bus, self.devfn)
+        return error_injection.hit(self.eeh, "config", write, address)
+
+    def _config_ones(self, width: int) -> int:
+        """What the host reads where nothing answers.  It makes the kernel look whether the PE is frozen."""
+        if not self.blocked:
+            self.machine.eeh.check_failure(self)
+        return (1 << 8 * width) - 1
 
     def hardware_reset(self) -> None:
         """The function forgets everything: registers as after power-on, but for what a reset keeps."""
@@ -305,10 +334,11 @@ class PciDevice:
         self.hardware_reset()
 
     def eeh_restore(self) -> None:
-        """The PE's reset is over: BARs and COMMAND as at boot, decoding on.  MSI stays off (eeh_restore_device_bars)."""
+        """The PE's reset is over: BARs as at boot, decoding on.  MSI stays off (eeh_restore_device_bars)."""
         for at in (*range(reg.BAR0, reg.BAR0 + 24, 4), reg.ROM_BAR, reg.CACHE_LINE_SIZE, reg.INTERRUPT_LINE):
             self.registers.write(at, 4, int.from_bytes(self._at_boot[at : at + 4], "little"))
-        self.registers.write(reg.COMMAND, 2, int.from_bytes(self._at_boot[reg.COMMAND : reg.COMMAND + 2], "little"))
+        at_boot = int.from_bytes(self._at_boot[reg.COMMAND : reg.COMMAND + 2], "little")
+        self.registers.write(reg.COMMAND, 2, self.command & ~reg.COMMAND_SERR | at_boot & reg.COMMAND_SERR)
         if self.enable_count:
             self.registers.change(reg.COMMAND, 2, self._decoding)
 
@@ -316,18 +346,20 @@ class PciDevice:
 
     def bar_read(self, index: int, offset: int, width: int) -> int:
         """A load from a BAR: all ones while its PE is frozen or nothing decodes it."""
-        if self._unreachable(index):
+        if self._unreachable(index, offset, write=False):
             return (1 << 8 * width) - 1
         return self.model.load(index, offset, width) & ((1 << 8 * width) - 1)
 
     def bar_write(self, index: int, offset: int, width: int, value: int) -> None:
         """A store to a BAR: dropped while its PE is frozen or nothing decodes it."""
-        if not self._unreachable(index):
+        if not self._unreachable(index, offset, write=True):
             self.model.store(index, offset, width, value)
 
-    def _unreachable(self, index: int) -> bool:
+    def _unreachable(self, index: int, offset: int, write: bool) -> bool:
         bar = self.bars[index]
-        if self.pe is not None and self.pe.freeze in ("mmio", "both"):
+        if self.eeh is not None and self.eeh.stops_mmio:
+            return True
+        if not bar.io and error_injection.hit(self.eeh, "memory", write, bar.bus_address + offset):
             return True
         if self._hardware_power() == 3:
             return True
@@ -347,8 +379,11 @@ class PciDevice:
             self.pe.dma_write(address, data)
 
     def _may_master(self) -> bool:
-        frozen = self.pe is not None and self.pe.freeze in ("dma", "both")
-        return bool(self.command & reg.COMMAND_MASTER) and not frozen
+        return bool(self.command & reg.COMMAND_MASTER) and not self._dma_stopped
+
+    @property
+    def _dma_stopped(self) -> bool:
+        return self.eeh is not None and self.eeh.stops_dma
 
     # --- interrupts ---
 
@@ -414,12 +449,13 @@ class PciDevice:
             self.registers.change(at + reg.MSIX_FLAGS, 2, clear_bits=reg.MSIX_ENABLE)
 
     def check_line(self) -> None:
-        """Show the interrupt controller the INTx line, which DisINTx keeps from it; it interrupts if somebody listens.
+        """Show the interrupt controller the INTx line, unless DisINTx or a freeze keeps it from that; it interrupts if
+        somebody listens.
 
         The XICS of a POWER8 interrupts for as long as the line is asserted.  The XIVE of a POWER9 does so when the line
         rises: one that was asserted before its interrupt was enabled says nothing.
         """
-        level = self._line and not self.command & reg.COMMAND_INTX_DISABLE
+        level = self._line and not self.command & reg.COMMAND_INTX_DISABLE and not self._dma_stopped
         rises, self._level = level and not self._level, level
         if level and self.intx_handler and (rises or self.has_xics):
             self.intx_handler()
@@ -428,6 +464,9 @@ class PciDevice:
     def has_xics(self) -> bool:
         """Whether the machine's interrupt controller is an XICS, and not a XIVE."""
         return self.machine.topology.platform.cpu.startswith(_XICS)
+
+
+_ONES = b"\xff" * 4
 
 
 def make_device(device: topology.Device, machine: Machine, phb: topology.Phb) -> PciDevice:

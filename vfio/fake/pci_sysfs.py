@@ -26,10 +26,7 @@ if TYPE_CHECKING:
 
 _RESOURCES = 17
 """Lines of `resource` of a bridge; a plain function has 13."""
-_EEH_ACTIVE, _EEH_PRIMARY_BUS = 0x78, 0x800
-_EEH_MMIO, _EEH_DMA = 0x28, 0x50
-_EEH_ISOLATED = 0x1
-_MODE_BRIDGE, _MODE_DEVICE = 0x203, 0x200
+_MODE_BRIDGE, _MODE_DEVICE, _MODE_REMOVED = 0x203, 0x200, 0x400
 
 
 class PciBus:
@@ -157,7 +154,7 @@ class PciBus:
             vendor, device = described.subsystem_vendor or 0, described.subsystem_device or 0
         return {
             "class": text(f"{pci.device_class:#08x}"),
-            "config": Attribute(lambda: bytes(pci.registers.value), mode=0o644, public=reg.HEADER_END),
+            "config": Attribute(pci.host_config, mode=0o644, public=reg.HEADER_END),
             "device": text(f"{pci.device:#06x}"),
             "modalias": text(_modalias(pci)),
             "revision": text(f"{pci.revision:#04x}"),
@@ -273,20 +270,21 @@ class PciBus:
         return self.machine.topology.platform.eeh and described.pe is not None
 
     def _eeh(self, pci: PciDevice, described: topology.Device) -> dict[str, Child]:
+        pe = pci.eeh
+        assert pe is not None
+
         def state() -> str:
-            frozen = "none" if pci.pe is None else pci.pe.freeze
-            bits = _EEH_ACTIVE
-            bits &= ~_EEH_MMIO if frozen in ("mmio", "both") else -1
-            bits &= ~_EEH_DMA if frozen in ("dma", "both") else -1
-            noticed = _EEH_ISOLATED if frozen != "none" else 0
-            return f"{bits:#010x} {_EEH_PRIMARY_BUS | noticed:#010x}\n"
+            bits = pe.look()  # which counts: from now on the kernel believes that somebody takes care of it
+            return f"{bits:#010x} {pe.flags:#010x}\n"
 
         def thaw(given: str) -> None:
-            if pci.pe is not None:
-                pci.pe.thaw()
+            if pe.isolated:
+                pe.thaw()
+                pe.clear("isolated")
 
+        mode = (_MODE_BRIDGE if pci.is_bridge else _MODE_DEVICE) | (_MODE_REMOVED if pe.removed else 0)
         return {
-            "eeh_mode": text(f"{_MODE_BRIDGE if pci.is_bridge else _MODE_DEVICE:#x}"),
+            "eeh_mode": text(f"{mode:#x}"),
             "eeh_pe_config_addr": text(f"{described.pe:#x}"),
             "eeh_pe_state": Attribute(state, thaw),
         }

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from vfio.fake import error_injection
+from vfio.fake.eeh_pe import EehPe
 from vfio.fake.iommu_group import IommuGroup
 from vfio.fake.table_group import Ioda1TableGroup, Ioda2TableGroup, PseriesTableGroup, TableGroup
 from vfio.fake.tce import TCE_READ, TCE_WRITE
 
 if TYPE_CHECKING:
+    from vfio.fake.eeh_pe import Freeze
     from vfio.fake.machine import Machine
     from vfio.fake.pci import PciDevice
     from vfio.fake.tce import TceTable
     from vfio.topology import Phb
-
-Freeze = Literal["none", "mmio", "dma", "both"]
 
 
 class DmaFault(NamedTuple):
@@ -38,18 +39,17 @@ class MemoryGone(RuntimeError):
 
 
 class Pe:
-    """A PE.  `freeze` and `blocked` are its EEH state: what is frozen, and whether config space is out of reach."""
+    """A PE, as what translates the DMA of its devices; `eeh` is what EEH knows of it."""
 
-    def __init__(self, machine: Machine, number: int, phb: Phb, group: IommuGroup, table_group: TableGroup) -> None:
+    def __init__(
+        self, machine: Machine, number: int, phb: Phb, group: IommuGroup, table_group: TableGroup, eeh: EehPe
+    ) -> None:
         self.machine = machine
         self.number = number
         self.phb = phb
         self.group = group
         self.table_group = table_group
-        self.parent: Pe | None = None
-        """The PE of the bridge above, which belongs to the host."""
-        self.freeze: Freeze = "none"
-        self.blocked = False
+        self.eeh = eeh
         self.dma_faults: list[DmaFault] = []
         """What devices of the PE could not reach, oldest first."""
 
@@ -60,26 +60,38 @@ class Pe:
     def devices(self) -> list[PciDevice]:
         return self.group.devices
 
+    @property
+    def freeze(self) -> Freeze:
+        """What of it is frozen."""
+        return self.eeh.freeze
+
+    @freeze.setter
+    def freeze(self, what: Freeze) -> None:
+        self.eeh.freeze = what
+
+    @property
+    def blocked(self) -> bool:
+        """Whether a reset keeps configuration space out of reach."""
+        return self.eeh.blocked
+
     # --- DMA ---
 
     def dma_read(self, address: int, length: int) -> bytes:
         """What a device of the PE reads at a bus address: zeros where no window, entry or permission lets it."""
-        if not self._dma_works(address, length, write=False):
-            return bytes(length)
-        found = []
-        while length > 0:
-            target, here = self._translate(address, length, TCE_READ)
-            found.append(self._load(target, here, address) if target else bytes(here))
-            address += here
-            length -= here
+        found, done = [], 0
+        while done < length:
+            if not self._dma_works(address + done, length - done, write=False):
+                found.append(bytes(length - done))
+                break
+            target, here = self._translate(address + done, length - done, TCE_READ)
+            found.append(self._load(target, here, address + done) if target else bytes(here))
+            done += here
         return found[0] if len(found) == 1 else b"".join(found)
 
     def dma_write(self, address: int, data: bytes) -> None:
         """A device of the PE writes at a bus address: dropped where no window, entry or permission lets it."""
-        if not self._dma_works(address, len(data), write=True):
-            return
         view, at = memoryview(data), 0
-        while at < len(data):
+        while at < len(data) and self._dma_works(address + at, len(data) - at, write=True):
             target, here = self._translate(address + at, len(data) - at, TCE_WRITE)
             if target:
                 table, place = target
@@ -91,8 +103,11 @@ class Pe:
             at += here
 
     def _dma_works(self, address: int, length: int, write: bool) -> bool:
-        if self.freeze in ("dma", "both"):
+        if self.eeh.stops_dma:
             self._fault(DmaFault(address, length, write, "the PE is frozen"))
+            return False
+        if error_injection.hit(self.eeh, "dma", write, address):
+            self._fault(DmaFault(address, length, write, "an injected error"))
             return False
         return True
 
@@ -102,14 +117,14 @@ class Pe:
         table = self.table_group.find(address)
         if table is None:
             here = min(length, 4096 - address % 4096)
-            self._fault(DmaFault(address, here, write, "no window has this address"))
+            self._refuse(DmaFault(address, here, write, "no window has this address"))
             return None, here
         found = table.translate(address)
         if found is not None and found.permission & needed:
             return (table, found.address), min(length, found.length)
         here = min(length, found.length if found else table.page_size - address % table.page_size)
         reason = "nothing is mapped there" if found is None else f"mapped without {'write' if write else 'read'} access"
-        self._fault(DmaFault(address, here, write, reason))
+        self._refuse(DmaFault(address, here, write, reason))
         return None, here
 
     def _load(self, target: tuple[TceTable, int], length: int, address: int) -> bytes:
@@ -130,6 +145,12 @@ class Pe:
                 "the IOVA first, or say strict=0 to have it read zeros and drop writes"
             )
 
+    def _refuse(self, fault: DmaFault) -> None:
+        """The TCE tables do not let the device there: that freezes the PE."""
+        self._fault(fault)
+        if self.machine.freezes:
+            self.machine.eeh.hardware_error(self.eeh)
+
     def _fault(self, fault: DmaFault) -> None:
         """Note a fault; one that continues the last one makes that one longer."""
         last = self.dma_faults[-1] if self.dma_faults else None
@@ -138,39 +159,15 @@ class Pe:
         else:
             self.dma_faults.append(fault)
 
-    # --- EEH (arch/powerpc/kernel/eeh.c) ---
-
-    def thaw(self) -> None:
-        """A frozen PE works again: what opening or closing its last device, and EEH ENABLE, do."""
-        self.freeze = "none"
-
-    def thaw_mmio(self) -> None:
-        self.freeze = {"mmio": "none", "both": "dma"}.get(self.freeze, self.freeze)  # type: ignore[assignment]
-
-    def thaw_dma(self) -> None:
-        self.freeze = {"dma": "none", "both": "mmio"}.get(self.freeze, self.freeze)  # type: ignore[assignment]
-
-    def assert_reset(self) -> None:
-        """Begin a hot or fundamental reset: the PE freezes, and config space is out of reach and loses its contents."""
-        self.freeze = "both"
-        self.blocked = True
-        for device in self.devices:
-            device.eeh_reset()
-
-    def deactivate_reset(self) -> None:
-        """End a reset: config space is back, with BARs as they were and the command register as after boot."""
-        self.blocked = False
-        for device in self.devices:
-            device.eeh_restore()
-        self.freeze = "none"
-
 
 def make_pe(machine: Machine, phb: Phb, number: int | None, group: int) -> Pe:
     """The PE `number` (None: the platform shows none) below `phb`, with its IOMMU group; both join the machine."""
     table_group = _table_group(machine, group)
     pe_number = 0 if number is None else number
     iommu_group = IommuGroup(group, f"domain{phb.domain}-pe{pe_number:x}", table_group=table_group)
-    pe = Pe(machine, pe_number, phb, iommu_group, table_group)
+    # What the platform does not number is a PE of its own.
+    eeh = EehPe(machine, phb.domain, 0) if number is None else machine.eeh.pe(phb.domain, number)
+    pe = Pe(machine, pe_number, phb, iommu_group, table_group, eeh)
     machine.iommu_groups[group] = iommu_group
     machine.pes.append(pe)
     return pe

@@ -3,6 +3,8 @@
     page_size=4096|65536     host page in bytes
     kernel=6.12|7.2          whose answers the kernel gives
     strict=0|1               0: calls that would corrupt or hang a real kernel are answered rather than raised
+    freeze=0|1               0: as the lab's QEMU: no PE freezes by itself, one that is frozen goes on working, and a
+                             fundamental reset does not reach the devices
     uid=N                    of the process that has the backend; without it root, uid 0
     memlock=BYTES|unlimited  RLIMIT_MEMLOCK of the process; without it 8 MiB
     ipc_lock=0|1             CAP_IPC_LOCK of the process; without it root has it and nobody else
@@ -37,6 +39,7 @@ class Options(NamedTuple):
     page_size: int | None = None
     kernel: tuple[int, int] | None = None
     strict: bool | None = None
+    freeze: bool | None = None
     uid: int | None = None
     memlock: int | None = DEFAULT_MEMLOCK
     ipc_lock: bool | None = None
@@ -73,6 +76,7 @@ def _boot(url: str) -> tuple[Machine, Options]:
             page_size=options.page_size or described.platform.page_size,
             kernel=options.kernel or KERNELS[described.platform.kernel],
             strict=options.strict is not False,
+            freezes=options.freeze is not False,
         )
     except (topology.TopologyError, UnknownModel) as error:
         raise _refused(url, str(error)) from error
@@ -111,6 +115,7 @@ _READERS: dict[str, Callable[[str], object]] = {
     "page_size": _one_of({"4096": 4096, "65536": 65536}),
     "kernel": _one_of(dict(KERNELS)),
     "strict": _one_of(_SWITCH),
+    "freeze": _one_of(_SWITCH),
     "uid": _natural(_HIGHEST_ID),
     "memlock": _bytes,
     "ipc_lock": _one_of(_SWITCH),

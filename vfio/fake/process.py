@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from vfio.backend import LockedMemory
+from vfio.fake import procfd
 from vfio.fake.file import File
 from vfio.fake.kernel_error import fail
 from vfio.fake.memory import AddressSpace
@@ -78,6 +79,10 @@ class Process:
             raise fail(errno.EBADF)
         os.fstat(fd)
         return fd
+
+    def eventfds(self) -> set[str]:
+        """The identities of the eventfds that it has open."""
+        return procfd.eventfds(below=procfd.lowest_aside())
 
     def close(self, fd: int) -> None:
         file = self.file(fd)

@@ -73,9 +73,11 @@ def _status(machine: Machine, process: Process, command: str) -> str:
     capabilities = _ALL_CAPABILITIES if process.uid == 0 else 0
     capabilities = capabilities | _CAP_IPC_LOCK if process.ipc_lock else capabilities & ~_CAP_IPC_LOCK
     uids, gids = ("\t".join([str(number)] * 4) for number in (process.uid, process.groups[0]))
+    groups = " ".join(map(str, process.groups[1:]))
     return (
         f"Name:\t{command.rpartition('/')[2][:15]}\nState:\tR (running)\nTgid:\t{process.pid}\nPid:\t{process.pid}\n"
-        f"PPid:\t1\nUid:\t{uids}\nGid:\t{gids}\nVmLck:\t{locked:8} kB\nVmPin:\t{0:8} kB\nCapEff:\t{capabilities:016x}\n"
+        f"PPid:\t1\nUid:\t{uids}\nGid:\t{gids}\nGroups:\t{groups} \n"
+        f"VmLck:\t{locked:8} kB\nVmPin:\t{0:8} kB\nCapEff:\t{capabilities:016x}\n"
     )
 
 

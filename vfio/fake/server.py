@@ -97,7 +97,9 @@ class Server:
             self._epoll.register(fd, select.EPOLLIN)
 
     def run(self) -> None:
-        """Serve until `stop` is called."""
+        """Serve until `stop` is called.  Time on the machine is real time meanwhile."""
+        with self.machine.lock:
+            self.machine.clock.follow()
         try:
             while not self._stopped:
                 self._turn()
@@ -119,6 +121,7 @@ class Server:
     def _turn(self) -> None:
         events = self._epoll.poll(self._patience())
         with self.machine.lock:
+            self.machine.clock.catch_up()
             self.files.settle()
         self._take_made()
         ready = []
@@ -146,9 +149,12 @@ class Server:
                 self._disconnect(client)
 
     def _patience(self) -> float | None:
-        if not self._deadlines:
-            return None
-        return max(0.0, min(self._deadlines.values()) - time.monotonic())
+        with self.machine.lock:
+            due = self.machine.clock.due()
+        waits = [due] if due is not None else []
+        if self._deadlines:
+            waits.append(max(0.0, min(self._deadlines.values()) - time.monotonic()))
+        return min(waits, default=None)
 
     def _guarded(self, client: _Client, event: int) -> None:
         try:

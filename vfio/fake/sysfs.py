@@ -13,7 +13,7 @@ import stat
 from typing import TYPE_CHECKING
 
 from vfio.backend import FileStatus
-from vfio.fake import devtmpfs, pci_sysfs, procfs
+from vfio.fake import debugfs, devtmpfs, pci_sysfs, procfs
 from vfio.fake.host import Inode
 from vfio.fake.kernel_error import fail
 from vfio.fake.kernfs import Attribute, AttributeFile, DeviceNode, Directory, Link, Node, directory, text
@@ -48,7 +48,7 @@ class FileTree:
             self._check(process, where, node, wanted)
             if node.opens is None:
                 raise fail(errno.ENXIO)
-            return node.opens()
+            return node.opens(flags)
         assert isinstance(node, Attribute)
         self._check(process, where, node, wanted)
         return AttributeFile(node, where, self.machine.page_size)
@@ -208,7 +208,7 @@ def _sys(machine: Machine) -> Directory:
             "class": lambda: _classes(machine),
             "devices": Directory(lambda: [*bus.roots(), "virtual"], devices),
             "fs": lambda: directory({"btrfs": _btrfs(machine)}),
-            "kernel": directory({"iommu_groups": groups}),
+            "kernel": directory({"debug": lambda: debugfs.root(machine), "iommu_groups": groups}),
             "module": lambda: _modules(machine),
         }
     )

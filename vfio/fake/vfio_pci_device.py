@@ -73,11 +73,15 @@ class VfioPciDevice:
         self.interrupts = Interrupts(self)
         self.bars = Bars(self)
         self.config = ConfigSpace(self)
-        self._thaw()
+        if pci.eeh:
+            pci.eeh.change_owner()
+            pci.eeh.passed += 1
 
     def _disable(self) -> None:
         pci = self.pci
-        self._thaw()
+        if pci.eeh:
+            pci.eeh.passed -= 1
+            pci.eeh.change_owner()
         self.leave_low_power()
         self.set_power_state(0)
         pci.change_command(clear_bits=reg.COMMAND_MASTER)
@@ -92,12 +96,6 @@ class VfioPciDevice:
         reset.reset_idle_bus(pci)
         pci.set_power_state(3)
         self.interrupts.forget()
-
-    def _thaw(self) -> None:
-        """A PE changes hands between host and user: it does so working (eeh_pe_change_owner)."""
-        pe = self.pci.pe
-        if pe and pe.freeze != "none" and not pe.blocked:
-            pe.thaw()
 
     # --- resets and power ---
 
