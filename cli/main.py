@@ -14,7 +14,7 @@ import click
 
 from vfio import errors
 
-from . import apply, assignment, config, demo, eeh, fake, inventory, nvme, output, testing
+from . import apply, assignment, config, demo, eeh, fake, inventory, nvme, output, testing, window
 from .options import Options, common
 
 USAGE = 2
@@ -77,7 +77,7 @@ def cli(options: Options) -> None:
     """
 
 
-for module in (inventory, assignment, apply, config, testing, demo, nvme, eeh, fake):
+for module in (inventory, assignment, apply, config, testing, demo, nvme, eeh, window, fake):
     for command in module.COMMANDS:
         cli.add_command(command)
 

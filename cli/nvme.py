@@ -80,7 +80,7 @@ def _disk(options: Options, how: How, depth: int = 32) -> Iterator[Nvme]:
         device = undo.enter_context(vfio.open_device(address, backend=options.backend))
         through = None
         if how.window == "64":
-            if not isinstance(device.iommu, vfio.SpaprTceV2):
+            if not isinstance(device.iommu, (vfio.SpaprTce, vfio.SpaprTceV2)):
                 raise errors.CallFailed(errno.ENODEV, "no 64-bit window", f"{device.iommu.name} has one window only")
             through = undo.enter_context(device.iommu.create_window(_WINDOW))
         disk = undo.enter_context(Nvme(device, window=through, depth=depth, interrupt=how.interrupt))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hwtests.lab.targets import System
     from vfio.backend import Backend
 
-pytestmark = pytest.mark.lab_only
+pytestmark = [pytest.mark.lab_only, pytest.mark.fresh]  # other tests leave traces in configuration space
 
 _PROGRAMS, _STEPS = 15, 100
 

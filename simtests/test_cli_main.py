@@ -17,7 +17,9 @@ DISK = "0001:01:00.0"
 
 
 def test_the_commands_are_those_of_the_manual():
-    assert " ".join(COMMANDS) == ("apply bind config demo eeh export fake list nvme restore selftest show unbind why")
+    assert " ".join(COMMANDS) == (
+        "apply bind config demo eeh export fake list nvme restore selftest show unbind why window"
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -22,7 +22,8 @@ from vfio.fake.devices import make_model
 from vfio.fake.machine import Machine
 from vfio.fake.process import Process
 
-NAMES = topology.names()
+NAMES = [name for name in topology.names() if topology.load(name).platform.name in ("PowerNV", "pSeries")]
+"""What can be captured: hosts with a POWER processor of the server kind."""
 
 
 def again(backend: FakeBackend) -> FakeBackend:
@@ -230,3 +231,10 @@ def test_an_unknown_platform_is_refused():
     host.read_text = lambda path: reader(path).replace("PowerNV", "CHRP")  # type: ignore[method-assign]
     with pytest.raises(errors.CallFailed, match="its platform is CHRP; the modelled kernel has PowerNV and pSeries"):
         capture(host)
+
+
+def test_a_p4080_is_not_captured():
+    with pytest.raises(
+        errors.CallFailed, match="its platform is P4080 DS; the modelled kernel has PowerNV and pSeries"
+    ):
+        capture(open_backend("fake:p4080"))

@@ -83,11 +83,14 @@ def test_a_file_is_a_machine(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("url", "why"),
     [
-        ("fake:", "no topology ''; there are document, example, power10"),
-        ("fake:power6", "no topology 'power6'; there are document, example, power10"),
+        ("fake:", "no topology ''; there are document, example, p4080, power10"),
+        ("fake:power6", "no topology 'power6'; there are document, example, p4080, power10"),
         ("fake:../power8", "../power8: cannot be read"),
         ("fake:nowhere.toml", "nowhere.toml: cannot be read"),
-        ("fake:power8?", "no option ''; there are page_size, kernel, strict, freeze, uid, memlock, ipc_lock"),
+        (
+            "fake:power8?",
+            "no option ''; there are page_size, kernel, strict, freeze, pamu_errno, uid, memlock, ipc_lock",
+        ),
         ("fake:power8?pagesize=4096", "no option 'pagesize'; there are page_size"),
         ("fake:power8?page_size", "page_size: page_size is one of 4096, 65536"),
         ("fake:power8?page_size=64K", "page_size=64K: page_size is one of 4096, 65536"),

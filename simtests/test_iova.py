@@ -67,3 +67,13 @@ def test_agrees_with_a_set_of_pages(steps):
             used |= set(range(at, at + length))
     runs = "".join("u" if page in used else "f" for page in range(32)).split("u")
     assert free.largest == max(map(len, runs))
+
+
+def test_of_several_ranges_the_gap_between_is_never_given():
+    free = IovaAllocator.of_ranges([(0, 0x4000), (0x6000, 0x9000)])
+    assert [free.allocate(0x2000, 0x1000) for _ in range(3)] == [0x1000, 0x6000, None]
+    assert not free.reserve(0x3000, 0x4000)
+    assert free.reserve(0x3000, 0x1000)
+    free.free(0x3000, 0x1000)
+    free.free(0x6000, 0x2000)
+    assert free.largest == 0x3000

@@ -186,12 +186,9 @@ def test_environment_names_the_mirror_whatever_apt_says(tmp_path: Path) -> None:
 # --- targets and QEMU
 
 
-def test_targets_are_every_machine_with_both_page_sizes() -> None:
-    assert [
-        f"{name}{suffix}"
-        for name in ("powernv8", "powernv9", "powernv10", "pseries", "siblings")
-        for suffix in ("", "-64k")
-    ] == (list(targets.TARGETS))
+def test_targets_are_every_power_machine_with_both_page_sizes_and_a_pc() -> None:
+    power = ("powernv8", "powernv9", "powernv10", "pseries", "siblings")
+    assert list(targets.TARGETS) == [*(f"{name}{suffix}" for name in power for suffix in ("", "-64k")), "q35"]
     assert (targets.target("powernv8").page_size, targets.target("powernv8-64k").page_size) == (4096, 65536)
 
 
@@ -253,6 +250,19 @@ def test_pseries_devices_sit_on_the_phbs_own_bus() -> None:
     ]
 
 
+def test_pc_has_its_iommu_before_the_devices_on_its_own_bus() -> None:
+    words = arguments("x86")
+    assert words[: words.index("-device")][-2:] == ["-cpu", "max"]
+    assert devices_of(words) == [
+        "intel-iommu,intremap=on,caching-mode=on",
+        "edu,bus=pcie.0,addr=4.0,dma_mask=0xffffffffffffffff",
+        "edu,bus=pcie.0,addr=5.0,dma_mask=0xffffffffffffffff",
+        "e1000e,bus=pcie.0,addr=6.0,romfile=",
+    ]
+    assert words[-1].startswith("console=ttyS0 ")
+    assert targets.target("q35").append == "intel_iommu=on"
+
+
 def test_memory_and_kernel_arguments_can_be_added_to() -> None:
     words = arguments("power9", memory=4 << 30, append="hugepages=4")
     assert words[words.index("-m") + 1] == "4096M"
@@ -275,6 +285,8 @@ def test_missing_qemu_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(LabError, match="apt install qemu-system-ppc"):
         qemu.find()
+    with pytest.raises(LabError, match=r"qemu-system-x86_64 is not in PATH.*apt install qemu-system-x86"):
+        qemu.find(targets.target("q35").architecture)
 
 
 # --- a machine that is a small program, in place of QEMU

@@ -193,7 +193,7 @@ def test_platform_with_one_window_has_no_64_bit_one(nvme, backend):
     backend.machine.hooks.fail("VFIO_SET_IOMMU", errno.EPERM)  # v2; then v1 is tried
     result = nvme("identify", "--window", "64")
     assert result.exit_code == 1
-    assert "sPAPR TCE v1 has one window only" in result.stderr
+    assert "sPAPR TCE v1 has the one window of POWER8 (PowerNV)" in result.stderr
     backend.machine.hooks.fail("VFIO_SET_IOMMU", errno.EPERM)
     assert nvme("read", "0").stdout_bytes == bytes(BLOCK)
 

@@ -21,6 +21,7 @@ from vfio.group import Group
 from vfio.iommu.mapper import Mapper
 from vfio.iommu.spapr_v1 import SpaprTce
 from vfio.iommu.spapr_v2 import SpaprTceV2
+from vfio.iommu.type1 import Type1, Type1v2
 from vfio.iommu.window import DmaWindow
 from vfio.irq import Irq, Vector, Vectors
 from vfio.region import Region
@@ -48,6 +49,8 @@ __all__ = [
     "Region",
     "SpaprTce",
     "SpaprTceV2",
+    "Type1",
+    "Type1v2",
     "Vector",
     "Vectors",
     "VfioError",

@@ -6,7 +6,7 @@ import errno
 import os
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from vfio import errors
 from vfio.backend import Backend, Memory, default
@@ -15,6 +15,7 @@ from vfio.closing import Closing
 if TYPE_CHECKING:
     from vfio.iommu.registration import Region
     from vfio.iommu.slot import Slot
+    from vfio.iommu.type1 import Type1, Type1Slot
     from vfio.iommu.window import DmaWindow
 
 
@@ -115,11 +116,13 @@ class MemoryRange(DmaMemory):
 
 
 class Dma(Closing):
-    """Memory that is mapped for DMA; closing it unmaps it.  Reads and writes like a bytearray.  Made by `DmaWindow.map`."""
+    """Memory that is mapped for DMA; closing it unmaps it.  Reads and writes like a bytearray.  Made by `Iommu.map`."""
 
     __slots__ = ("_afterwards", "_slot", "_unmapped", "memory", "region", "window")
 
-    def __init__(self, window: DmaWindow, slot: Slot, memory: DmaMemory, region: Region | None) -> None:
+    def __init__(
+        self, window: DmaWindow | Type1, slot: Slot | Type1Slot, memory: DmaMemory, region: Region | None
+    ) -> None:
         self.window = window
         self.memory = memory
         self.region = region
@@ -159,7 +162,7 @@ class Dma(Closing):
     def close(self) -> None:
         """Unmap; harmless when it is unmapped already.  The memory itself stays."""
         if not self._unmapped:
-            self.window.unmap(self, self._slot)
+            self.window.unmap(self, cast(Any, self._slot))  # of the kind that it made
             if self._afterwards is not None:
                 self._afterwards()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import warnings
 from typing import TYPE_CHECKING, TypeVar, overload
 
 from vfio import address as addresses
@@ -11,6 +12,7 @@ from vfio import diagnose, errors, holders, sysfs, uapi
 from vfio.backend import Backend, default
 from vfio.closing import Closing
 from vfio.device import Device
+from vfio.iommu.noiommu import WARNING, UnsafeWarning
 
 if TYPE_CHECKING:
     from vfio.container import Container
@@ -24,8 +26,15 @@ def path(number: int) -> str:
     return f"/dev/vfio/{number:d}"
 
 
+def unprotected_path(number: int) -> str:
+    """The node of a group without an IOMMU."""
+    return f"/dev/vfio/noiommu-{number:d}"
+
+
 class Group(Closing):
     """An open group.  Only one process can have it open.
+
+    A group without an IOMMU is opened with a `vfio.iommu.noiommu.UnsafeWarning`.
 
     Raises `errors.Busy` (EBUSY, with the process that has it), `errors.AccessDenied`, `errors.NotBound` (no device of it
     is on a VFIO driver), or `errors.CallFailed` with ENOENT where no such group is.
@@ -37,10 +46,24 @@ class Group(Closing):
         self.container: Container | None = None
         self._devices: set[Device] = set()
         self._fd: int | None = None
+        self.unprotected = False
+        """Whether there is no IOMMU that keeps its device from the host's memory."""
         try:
-            self._fd = self.backend.open(path(number), os.O_RDWR)
+            self._fd = self._open()
         except OSError as error:
             raise self._open_error(error) from error
+
+    def _open(self) -> int:
+        try:
+            return self.backend.open(path(self.number), os.O_RDWR)
+        except FileNotFoundError:
+            unsafe = unprotected_path(self.number)
+            if not self.backend.exists(unsafe):
+                raise
+        fd = self.backend.open(unsafe, os.O_RDWR)
+        self.unprotected = True
+        warnings.warn(WARNING.format(number=self.number), UnsafeWarning, stacklevel=4)
+        return fd
 
     @property
     def fd(self) -> int:
@@ -114,6 +137,9 @@ class Group(Closing):
 
     def _open_error(self, error: OSError) -> errors.VfioError:
         node, what = path(self.number), f"cannot open group {self.number}"
+        if error.errno == errno.EPERM and self.backend.exists(unprotected_path(self.number)):
+            why = "it has no IOMMU, and only a process with CAP_SYS_RAWIO may use such a group"
+            return errors.CallFailed(errno.EPERM, what, why, "run it as root, or turn on the host's IOMMU")
         if error.errno == errno.EBUSY:
             return errors.Busy(what, holders.of(self.backend, node))
         if error.errno == errno.ENOENT:

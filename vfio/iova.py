@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
 
 
 class IovaAllocator:
-    """The free ranges of ``start .. start + length``, sorted and never touching each other.
+    """The free ranges of ``start .. start + length``, or of several such ranges, sorted and never touching each other.
 
     IOVA 0 is never handed out by `allocate`: too many devices and drivers take an address of 0 for none.  It can be
     reserved by name.
@@ -15,6 +16,13 @@ class IovaAllocator:
     def __init__(self, start: int, length: int) -> None:
         self._starts = [start]
         self._ends = [start + length]
+
+    @classmethod
+    def of_ranges(cls, ranges: Iterable[tuple[int, int]]) -> IovaAllocator:
+        """All of these ranges are free: start and first byte behind the end, ascending and not touching each other."""
+        made = cls(0, 0)
+        made._starts, made._ends = (list(each) for each in zip(*ranges, strict=True))
+        return made
 
     def allocate(self, length: int, alignment: int) -> int | None:
         """Take the lowest free range of `length` bytes that begins at a multiple of `alignment`; None if there is none."""

@@ -18,6 +18,7 @@ from vfio.dma import DmaBuffer
 from vfio.drivers import Exerciser
 from vfio.iommu.spapr import Spapr
 from vfio.iommu.spapr_v2 import SpaprTceV2
+from vfio.iommu.type1 import Type1
 from vfio.iommu.window import DmaWindow
 from vfio.irq import Irq
 from vfio.session import open_device
@@ -90,6 +91,8 @@ class _Selftest:
         if isinstance(iommu, Spapr):
             for window in iommu.windows:
                 yield _step("default window", lambda window=window: self._window(window))  # type: ignore[misc]
+        if isinstance(iommu, Type1):
+            yield _step("DMA", lambda: self._type1(iommu))
         if isinstance(iommu, SpaprTceV2):
             for page_size in iommu.info.page_sizes:
                 name = f"window, {errors.size(page_size)} pages"
@@ -125,6 +128,17 @@ class _Selftest:
             writable = undo.enter_context(window.iommu.map(sink, self._free_iova(window, 2, length), read=False))
             done = self.driver.move(readable, writable) if self.driver else "mapped and unmapped"
             return f"{done} in {errors.span(window.start, window.size)}"
+
+    def _type1(self, iommu: Type1) -> str:
+        """In the lowest and in the highest page that can be mapped, but for page 0."""
+        page = iommu.page_size
+        first, last = iommu.info.ranges[0][0] + page, iommu.info.ranges[-1][1] + 1 - page
+        with ExitStack() as undo:
+            source, sink = (undo.enter_context(DmaBuffer(page, backend=self.backend)) for _ in range(2))
+            readable = undo.enter_context(iommu.map(source, first))
+            writable = undo.enter_context(iommu.map(sink, last, read=False))
+            done = self.driver.move(readable, writable) if self.driver else "mapped and unmapped"
+            return f"{done}, from IOVA {first:#x} to {last:#x}"
 
     def _free_iova(self, window: DmaWindow, n: int, length: int) -> int:
         return window.start + n * length

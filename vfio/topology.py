@@ -62,6 +62,7 @@ __all__ = [
     "Iommu",
     "Machine",
     "Msix",
+    "Pamu",
     "Phb",
     "Platform",
     "Topology",
@@ -94,8 +95,21 @@ class Window:
 
 
 @dataclass(frozen=True)
+class Pamu:
+    """A Freescale PAMU, of which only the model knows."""
+
+    aperture_bits: int  # bits of a bus address: 36
+    windows: int  # most windows of a domain, a power of two
+    msi_banks: tuple[int, ...]  # physical addresses of the pages to which devices write their MSIs
+    cpus: int  # into whose caches a device's writes can be stashed
+
+
+@dataclass(frozen=True)
 class Iommu:
-    """What VFIO_IOMMU_SPAPR_TCE_GET_INFO says of every PE of the machine, and where windows appear."""
+    """What VFIO_IOMMU_SPAPR_TCE_GET_INFO says of every PE of the machine, and where windows appear.
+
+    On a PC there are no windows, but `ranges` of IOVA, and of the rest only `page_sizes` means something.
+    """
 
     default_window: Window
     second_window_start: (
@@ -105,15 +119,17 @@ class Iommu:
     levels: int  # most levels that a TCE table can have
     windows: int  # most windows of a PE, the default one included
     dynamic_windows: bool = True  # whether windows can be created and removed (DDW); without, there is no v2 (IODA1)
+    ranges: tuple[tuple[int, int], ...] = ()  # Type1: first and last IOVA of what can be mapped, ascending
+    pamu: Pamu | None = None  # of a Freescale P4080, which has nothing else of this but `page_sizes`
 
 
 @dataclass(frozen=True)
 class Platform:
     """The host that the kernel sees, in the words of /proc/cpuinfo."""
 
-    name: str  # "PowerNV" (bare metal) or "pSeries" (a PAPR guest)
+    name: str  # "PowerNV" (bare metal), "pSeries" (a PAPR guest), "PC" (x86-64) or "P4080DS"
     cpu: str  # "POWER8", ...
-    mmu: str  # "Hash" or "Radix"
+    mmu: str  # "Hash" or "Radix"; empty elsewhere
     eeh: bool  # whether EEH answers
     page_size: int = 4096  # host page in bytes, unless the target or the URL says otherwise
     kernel: str = "6.12"  # whose answers the modelled kernel gives, unless the URL says otherwise
@@ -337,11 +353,12 @@ def parse(source: str, file: str = "<topology>") -> Topology:
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise TopologyError(f"{file}: not TOML: {error}") from error
     root = Table(data, (), Origin(file, source))
+    description, platform = root.text("description"), _platform(root.table("platform"))
     topology = Topology(
         name=Path(file).stem,
-        description=root.text("description"),
-        platform=_platform(root.table("platform")),
-        iommu=_iommu(root.table("iommu")),
+        description=description,
+        platform=platform,
+        iommu={"PC": _type1, "P4080DS": _pamu}.get(platform.name, _iommu)(root.table("iommu")),
         machine=_machine(root.table("machine")) if root.has("machine") else None,
         phbs=tuple(_phb(table, place) for place, table in enumerate(root.tables("phb"))),
         drivers=tuple(_driver(table) for table in root.optional_tables("driver")),
@@ -352,11 +369,13 @@ def parse(source: str, file: str = "<topology>") -> Topology:
 
 
 def _platform(table: Table) -> Platform:
+    name = table.text("name", one_of=("PowerNV", "pSeries", "PC", "P4080DS"))
+    power = name in ("PowerNV", "pSeries")
     platform = Platform(
-        name=table.text("name", one_of=("PowerNV", "pSeries")),
+        name=name,
         cpu=table.text("cpu"),
-        mmu=table.text("mmu", one_of=("Hash", "Radix")),
-        eeh=table.boolean("eeh"),
+        mmu=table.text("mmu", one_of=("Hash", "Radix")) if power else "",
+        eeh=table.boolean("eeh") if power else False,
         page_size=table.integer("page_size", 4096, 65536) if table.has("page_size") else 4096,
         kernel=table.text("kernel", one_of=("6.12", "7.2")) if table.has("kernel") else "6.12",
         release=table.optional_name("release"),
@@ -389,6 +408,34 @@ def _iommu(table: Table) -> Iommu:
     )
     table.end()
     return iommu
+
+
+def _type1(table: Table) -> Iommu:
+    """The IOMMU of a PC: no windows, ranges of IOVA."""
+    page_sizes = table.integer("page_sizes", minimum=1)
+    page = page_sizes & -page_sizes
+    ranges: list[tuple[int, int]] = []
+    for each in table.tables("ranges"):
+        start, end = each.integer("start"), each.integer("end")
+        if start % page or (end + 1) % page or not (ranges[-1][1] if ranges else -1) < start < end:
+            raise each.error("start", f"{start:#x}..{end:#x}: ranges are whole pages of {page} bytes, and ascend")
+        each.end()
+        ranges.append((start, end))
+    table.end()
+    return Iommu(Window(0, 0, page), 0, page_sizes, levels=0, windows=0, dynamic_windows=False, ranges=tuple(ranges))
+
+
+def _pamu(table: Table) -> Iommu:
+    """The IOMMU of a P4080: a domain has one aperture, cut into windows of one size."""
+    page_sizes = table.integer("page_sizes", minimum=1)
+    pamu = Pamu(
+        aperture_bits=table.integer("aperture_bits", 32, 64),
+        windows=_power_of_two(table, "windows", minimum=1),
+        msi_banks=tuple(table.integers("msi_banks")),
+        cpus=table.integer("cpus", minimum=1),
+    )
+    table.end()
+    return Iommu(Window(0, 0, 4096), 0, page_sizes, levels=0, windows=0, dynamic_windows=False, pamu=pamu)
 
 
 def _window(table: Table) -> Window:

@@ -94,6 +94,12 @@ class Table:
                 raise self.error(key, f"{value!r} is not a string")
             yield value
 
+    def integers(self, key: str) -> Iterator[int]:
+        for value in self._take(key, list, "a list of integers"):
+            if type(value) is not int or value < 0:
+                raise self.error(key, f"{value!r} is not an integer of 0 or more")
+            yield value
+
     def optional(self, key: str, minimum: int = 0, maximum: int = (1 << 63) - 1) -> int | None:
         """An integer, or None where the key is absent."""
         return self.integer(key, minimum, maximum) if self.has(key) else None

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from hwtests.lab import cpio, qemu
+from hwtests.lab.architecture import Architecture
 from hwtests.lab.errors import LabError
 
 _TIMEOUT = 180.0  # seconds; it takes about 20
@@ -23,7 +24,7 @@ $b mount -t devtmpfs dev /dev
 $b --install -s /usr/bin 2>/dev/null
 export PATH=/usr/sbin:/usr/bin HOME=/root LANG=C.UTF-8
 depmod
-modprobe virtio_blk
+for module in virtio_pci virtio_blk; do modprobe -q $module; done
 cd /lab
 mkdir tests
 echo 'import os; assert os' > tests/test_nothing.py
@@ -67,9 +68,9 @@ with open('/dev/vda', 'r+b') as disk:
 """
 
 
-def compiled_modules(vmlinux: Path, modules: Path, userland: Path) -> list[cpio.Entry]:
+def compiled_modules(architecture: Architecture, vmlinux: Path, modules: Path, userland: Path) -> list[cpio.Entry]:
     """The compiled files of what is worth it, to append to `userland`. Raises LabError."""
-    program = qemu.find()
+    program = qemu.find(architecture)
     with tempfile.TemporaryDirectory(prefix="vfio-lab-") as name:
         disk, initrd = Path(name) / "disk", Path(name) / "initrd"
         with disk.open("wb") as stream:
@@ -78,7 +79,7 @@ def compiled_modules(vmlinux: Path, modules: Path, userland: Path) -> list[cpio.
             for part in (userland, modules):
                 stream.write(part.read_bytes())
             cpio.write(stream, _files())
-        words = [program, "-M", "pseries,x-vof=on", "-m", "1G", "-smp", "2", "-nodefaults", "-nographic"]
+        words = [program, *architecture.machine, "-m", "1G", "-smp", "2", "-nodefaults", "-nographic"]
         words += ["-serial", "stdio", "-monitor", "none", "-net", "none", "-no-reboot"]
         words += ["-drive", f"if=none,id=disk,format=raw,file={disk}", "-device", "virtio-blk-pci,drive=disk"]
         words += [
@@ -87,7 +88,7 @@ def compiled_modules(vmlinux: Path, modules: Path, userland: Path) -> list[cpio.
             "-initrd",
             str(initrd),
             "-append",
-            "console=hvc0 quiet panic=-1 cryptomgr.notests=1",
+            f"console={architecture.console} quiet panic=-1 cryptomgr.notests=1",
         ]
         try:
             result = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT, check=False)

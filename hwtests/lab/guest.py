@@ -20,7 +20,8 @@ from hwtests.lab import frames
 _DRAIN = 0.3  # seconds of silence after which a background process no longer keeps the output open
 _ABORT = 1.0  # seconds that programs have to die of SIGABRT
 _EXIT_STOPPED = 124  # status of a command that the host stopped, as timeout(1) has it
-_RNDADDENTROPY = 0x80085203  # <linux/random.h>, in the encoding of powerpc
+# <linux/random.h>: powerpc encodes a write as 4, most others as 1.
+_RNDADDENTROPY = 0x80085203 if os.uname().machine.startswith("ppc") else 0x40085203
 
 
 class Agent:

@@ -1,6 +1,6 @@
 """What the emulated machines boot: a Debian kernel, its few modules, and a small userland, cached per user.
 
-    CACHE/userland-RECIPE.cpio          busybox, Python and the Python packages that tests need
+    CACHE/userland[-amd64]-RECIPE.cpio  busybox, Python and the Python packages that tests need
     CACHE/FLAVOUR-RECIPE/               vmlinux, modules.cpio, release
     CACHE/headers-RECIPE/usr/include    the suite's <linux/*.h>
 
@@ -23,9 +23,9 @@ from functools import partial
 from pathlib import Path
 
 from hwtests.lab import bake, cpio
+from hwtests.lab.architecture import KERNELS, POWER, Architecture
 from hwtests.lab.errors import LabError
-from hwtests.lab.packages import ARCHITECTURE, SUITE, Archive, Report, unpack
-from hwtests.lab.targets import KERNELS
+from hwtests.lab.packages import SUITE, Archive, Report, unpack
 
 _USERLAND = [
     "busybox-static",
@@ -78,7 +78,6 @@ MODULES = [
     "vfio",
     "vfio-pci-core",
     "vfio-pci",
-    "vfio_iommu_spapr_tce",
     "pci-stub",
     "nvme",
     "e1000e",
@@ -86,7 +85,18 @@ MODULES = [
     "virtio_blk",
 ]
 
-_RECIPE = hashlib.sha256(repr((3, SUITE, ARCHITECTURE, _USERLAND, _PRUNED, MODULES)).encode()).hexdigest()[:10]
+
+def modules_of(architecture: Architecture) -> list[str]:
+    """The modules that a kernel brings, without those that they need."""
+    return [*MODULES[:3], *architecture.modules, *MODULES[3:]]
+
+
+def _recipe(architecture: Architecture) -> str:
+    parts = (3, SUITE, architecture.name, _USERLAND, _PRUNED, modules_of(architecture))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:10]
+
+
+_NAME = re.compile(rf"(?:userland(?:-amd64)?|headers|{'|'.join(KERNELS)})-[0-9a-f]{{10}}(?:\.cpio)?")
 _LOCK_TIMEOUT = 1800  # seconds to wait for another process that builds
 
 
@@ -111,39 +121,46 @@ def kernel(flavour: str, report: Report) -> Kernel:
     build([flavour], report)
     image = _image(flavour)
     release = (image / "release").read_text().strip()
-    return Kernel(image / "vmlinux", image / "modules.cpio", _userland(), release)
+    return Kernel(image / "vmlinux", image / "modules.cpio", _userland(KERNELS[flavour].architecture), release)
 
 
 def build(flavours: Iterable[str], report: Report, refresh: bool = False) -> None:
     """Build what the cache lacks of these kernels and their userland, or everything anew with `refresh`."""
+    flavours = list(flavours)
+    for architecture in dict.fromkeys(KERNELS[flavour].architecture for flavour in flavours):
+        _build(architecture, [name for name in flavours if KERNELS[name].architecture is architecture], report, refresh)
+
+
+def _build(architecture: Architecture, flavours: list[str], report: Report, refresh: bool) -> None:
     wanted = [flavour for flavour in flavours if refresh or not _image(flavour).exists()]
-    userland = _userland()
+    userland = _userland(architecture)
     if not wanted and userland.exists():
         return
-    with _building(cache_directory(), report) as archive:
+    with _building(cache_directory(), architecture, report) as archive:
         for flavour in wanted:
             if refresh or not _image(flavour).exists():  # another process may just have built it
                 _replace(_image(flavour), partial(_build_kernel, archive, flavour, report))
         if refresh or not userland.exists():
-            boots = next(_image(flavour) for flavour in KERNELS if _image(flavour).exists())
-            _replace(userland, partial(_build_userland, archive, boots, report))
+            boots = next(_image(flavour) for flavour in flavours if _image(flavour).exists())
+            _replace(userland, partial(_build_userland, archive, architecture, boots, report))
 
 
 def _image(flavour: str) -> Path:
-    return cache_directory() / f"{flavour}-{_RECIPE}"
+    return cache_directory() / f"{flavour}-{_recipe(KERNELS[flavour].architecture)}"
 
 
-def _userland() -> Path:
-    return cache_directory() / f"userland-{_RECIPE}.cpio"
+def _userland(architecture: Architecture = POWER) -> Path:
+    other = "" if architecture is POWER else f"{architecture.name}-"
+    return cache_directory() / f"userland-{other}{_recipe(architecture)}.cpio"
 
 
 def headers(report: Report, refresh: bool = False) -> Path:
     """The include directory of the suite's kernel headers: the ABI of the kernels that the lab boots. The parts of
     one architecture are below it, in `powerpc64le-linux-gnu` and so on."""
     root = cache_directory()
-    target = root / f"headers-{_RECIPE}"
+    target = root / f"headers-{_recipe(POWER)}"
     if refresh or not target.exists():
-        with _building(root, report) as archive:
+        with _building(root, POWER, report) as archive:
             if refresh or not target.exists():
                 _replace(target, lambda new: unpack(archive.fetch("linux-libc-dev"), new))
     return target / "usr" / "include"
@@ -162,17 +179,19 @@ def clean() -> list[str]:
 
 
 @contextmanager
-def _building(root: Path, report: Report) -> Iterator[Archive]:
+def _building(root: Path, architecture: Architecture, report: Report) -> Iterator[Archive]:
     """The archive to build from, with every other builder kept out, and nothing left behind but the package lists."""
     with _lock(root, report):
-        archive = Archive(root / "apt", report)
+        archive = Archive(root / "apt", report, architecture.name)
         try:
             yield archive
         finally:
             _delete(root / "apt")
+        current = {_recipe(kernel.architecture) for kernel in KERNELS.values()}
         for old in root.iterdir():
-            stale = re.fullmatch(r"(?:userland|headers|powerpc64le(?:-64k)?)-([0-9a-f]{10})(?:\.cpio)?", old.name)
-            if (stale and stale[1] != _RECIPE) or old.name.startswith("new-"):
+            if (_NAME.fullmatch(old.name) and old.name.partition(".")[0][-10:] not in current) or old.name.startswith(
+                "new-"
+            ):
                 _delete(old)
 
 
@@ -223,7 +242,7 @@ def _delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _build_userland(archive: Archive, kernel: Path, report: Report, target: Path) -> None:
+def _build_userland(archive: Archive, architecture: Architecture, kernel: Path, report: Report, target: Path) -> None:
     debs = archive.closure(_USERLAND)
     report(f"unpacking {len(debs)} packages")
     root = target.with_suffix(".root")
@@ -235,7 +254,7 @@ def _build_userland(archive: Archive, kernel: Path, report: Report, target: Path
     with target.open("wb") as stream:
         cpio.write(stream, [*_skeleton(root), *cpio.tree(root, skip={"__pycache__"})])
     report("compiling the guest's Python modules, in a guest")
-    compiled = bake.compiled_modules(kernel / "vmlinux", kernel / "modules.cpio", target)
+    compiled = bake.compiled_modules(architecture, kernel / "vmlinux", kernel / "modules.cpio", target)
     with target.open("ab") as stream:
         cpio.write(stream, compiled)
 
@@ -261,10 +280,11 @@ def _build_kernel(archive: Archive, flavour: str, report: Report, target: Path) 
     release = name.removeprefix("linux-image-")
     target.mkdir()
     (target / "release").write_text(release + "\n")
-    (root / "boot" / f"vmlinux-{release}").rename(target / "vmlinux")
+    architecture = KERNELS[flavour].architecture
+    (root / "boot" / f"{architecture.kernel}-{release}").rename(target / "vmlinux")
     base = root / "usr" / "lib" / "modules" / release
     with (target / "modules.cpio").open("wb") as stream:
-        cpio.write(stream, module_entries(base, f"usr/lib/modules/{release}", MODULES))
+        cpio.write(stream, module_entries(base, f"usr/lib/modules/{release}", modules_of(architecture)))
 
 
 def module_entries(base: Path, prefix: str, names: Iterable[str]) -> Iterator[cpio.Entry]:

@@ -201,7 +201,7 @@ def _prepared(
     target: Target, pieces: Iterable[cpio.Entry], report: Report, options: Options, serial: str
 ) -> Iterator[tuple[list[str], Path]]:
     """QEMU's command line, and the directory with the files of this run."""
-    program = qemu.find()
+    program = qemu.find(target.architecture)
     machine = target.machine(options.phbs)
     kernel = image.kernel(target.flavour, report)
     with tempfile.TemporaryDirectory(prefix="vfio-lab-", ignore_cleanup_errors=True) as name:

@@ -36,7 +36,8 @@ hostname lab
 ip link set lo up
 chown alice:alice /home/alice
 depmod
-for module in vfio-pci vfio_iommu_spapr_tce; do modprobe $module; done
+case $(uname -m) in ppc64*) iommu=vfio_iommu_spapr_tce ;; *) iommu=vfio_iommu_type1 ;; esac
+for module in vfio-pci $iommu; do modprobe $module; done
 cd /{checkout}
 {action}
 poweroff -f

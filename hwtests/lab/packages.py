@@ -15,7 +15,6 @@ from hwtests.lab.errors import LabError
 from hwtests.lab.mirror import ENVIRONMENT, mirrors
 
 SUITE = "trixie"
-ARCHITECTURE = "ppc64el"
 
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _ATTEMPTS = 3
@@ -25,10 +24,11 @@ Report = Callable[[str], None]
 
 
 class Archive:
-    """The packages of `SUITE` for `ARCHITECTURE`, below a directory of our own."""
+    """The packages of `SUITE` for `architecture`, in Debian's words, below a directory of our own."""
 
-    def __init__(self, root: Path, report: Report) -> None:
+    def __init__(self, root: Path, report: Report, architecture: str) -> None:
         self._root = root
+        self._architecture = architecture
         self._report = report
         self._configuration = root / "apt.conf"
         self._opened = False
@@ -59,7 +59,9 @@ class Archive:
         names: list[str] = re.findall(r"^\s*Depends: (\S+)$", output, re.MULTILINE)
         matching = [name for name in names if re.fullmatch(pattern, name)]
         if not matching:
-            raise LabError(f"{metapackage} of {SUITE}/{ARCHITECTURE} depends on {names}, none of which is {pattern}")
+            raise LabError(
+                f"{metapackage} of {SUITE}/{self._architecture} depends on {names}, none of which is {pattern}"
+            )
         return matching[0]
 
     def _open(self) -> None:
@@ -67,13 +69,15 @@ class Archive:
         if self._opened:
             return
         if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
-            raise LabError("the lab needs apt-get and dpkg-deb (packages apt and dpkg) to fetch a POWER system")
+            raise LabError(
+                "the lab needs apt-get and dpkg-deb (packages apt and dpkg) to fetch a system for its machines"
+            )
         candidates = mirrors()
         failures = []
         for mirror in candidates[:3]:
             self._configure(mirror)
             try:
-                self._apt_get(f"reading package lists of {SUITE}/{ARCHITECTURE}", "update", "--error-on=any")
+                self._apt_get(f"reading package lists of {SUITE}/{self._architecture}", "update", "--error-on=any")
             except LabError as error:
                 failures.append(f"{mirror}: {error}")
             else:
@@ -98,8 +102,8 @@ class Archive:
             f'Dir::State::lists "{root}/lists";\n'
             f'Dir::State::status "{root}/status";\n'
             f'Dir::Cache "{root}/cache";\n'
-            f'APT::Architecture "{ARCHITECTURE}";\n'
-            f'APT::Architectures {{ "{ARCHITECTURE}"; }};\n'
+            f'APT::Architecture "{self._architecture}";\n'
+            f'APT::Architectures {{ "{self._architecture}"; }};\n'
             'APT::Install-Recommends "false";\n'
             'APT::Sandbox::User "root";\n'
             'Acquire::Languages "none";\n'

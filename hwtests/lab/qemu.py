@@ -4,23 +4,22 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from hwtests.lab.architecture import POWER, X86, Architecture
 from hwtests.lab.errors import LabError
 from vfio import topology
 from vfio.topology import Device, Phb, Topology
 
-PROGRAM = "qemu-system-ppc64"
-PACKAGE = "qemu-system-ppc"
-
 # No kernel message on the console, where it would hit a frame; a panic ends the machine; no tests of the kernel's
 # cryptography, which take half a second under emulation.
-_APPEND = "console=hvc0 quiet loglevel=1 panic=-1 cryptomgr.notests=1"
+_APPEND = "quiet loglevel=1 panic=-1 cryptomgr.notests=1"
 
 
-def find() -> str:
+def find(architecture: Architecture = POWER) -> str:
     """The path of QEMU. Raises LabError, naming the Debian package."""
-    path = shutil.which(PROGRAM)
+    program, package = architecture.emulator, architecture.package
+    path = shutil.which(program)
     if path is None:
-        raise LabError(f"{PROGRAM} is not in PATH; install Debian's package {PACKAGE}: apt install {PACKAGE}")
+        raise LabError(f"{program} is not in PATH; install Debian's package {package}: apt install {package}")
     return path
 
 
@@ -39,13 +38,17 @@ def arguments(
     qemu = machine.machine
     if qemu is None:
         raise LabError(f"the topology {machine.name} has no [machine] table, so QEMU cannot be asked for it")
+    architecture = X86 if machine.platform.name == "PC" else POWER
     words = ["-M", qemu.type, "-m", f"{(memory or qemu.memory) >> 20}M", "-smp", "1"]
     words += ["-nodefaults", "-nographic", "-monitor", "none", "-net", "none", "-no-reboot", "-serial", serial]
+    if architecture is X86:
+        words += ["-cpu", "max"]
     for device in qemu.devices:
         words += ["-device", device]
     for phb in machine.phbs:
-        words += _phb(phb, drives, roms or {})
-    words += ["-kernel", str(vmlinux), "-initrd", str(initrd), "-append", f"{_APPEND} {append}".strip()]
+        words += _phb(phb, "pcie.0" if architecture is X86 else "pci.0", drives, roms or {})
+    append = f"console={architecture.console} {_APPEND} {append}".strip()
+    words += ["-kernel", str(vmlinux), "-initrd", str(initrd), "-append", append]
     return words
 
 
@@ -59,13 +62,13 @@ def roms_of(machine: Topology) -> dict[str, bytes]:
     return {device.address: topology.option_rom(device.rom) for device in machine.devices if device.rom}
 
 
-def _phb(phb: Phb, drives: dict[str, Path], roms: Mapping[str, Path]) -> Iterator[str]:
+def _phb(phb: Phb, first_bus: str, drives: dict[str, Path], roms: Mapping[str, Path]) -> Iterator[str]:
     if phb.root_port:
         yield from ("-device", f"pnv-phb,chip-id=0,index={phb.index},id=phb{phb.index}")
         yield from ("-device", f"{phb.root_port.model},bus=phb{phb.index},id=port{phb.index}")
         bus = f"port{phb.index}"
-    elif phb.index == 0:  # pseries has this one anyway
-        bus = "pci.0"
+    elif phb.index == 0:  # pseries and PCs have this one anyway
+        bus = first_bus
     else:
         yield from ("-device", f"spapr-pci-host-bridge,index={phb.index},id=phb{phb.index}")
         bus = f"phb{phb.index}.0"

@@ -6,10 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from hwtests.lab.architecture import KERNELS, POWER, Architecture
 from hwtests.lab.errors import LabError
 from vfio import topology
-
-KERNELS = {"powerpc64le": 4096, "powerpc64le-64k": 65536}  # Debian's kernel flavours, and their page size in bytes
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,12 @@ class Target:
     @property
     def page_size(self) -> int:
         """Page size of the kernel, in bytes."""
-        return KERNELS[self.flavour]
+        return KERNELS[self.flavour].page_size
+
+    @property
+    def architecture(self) -> Architecture:
+        """Of its processor."""
+        return KERNELS[self.flavour].architecture
 
     def machine(self, phbs: Iterable[int] | None = None) -> topology.Topology:
         """The topology, or the part of it with these PHBs. Raises LabError for a PHB that is not there."""
@@ -42,7 +46,7 @@ class System:
 
     name: str  # of the target, or "host"
     page_size: int  # bytes
-    platform: str  # "PowerNV" or "pSeries", as /proc/cpuinfo says
+    platform: str  # "PowerNV" or "pSeries", as /proc/cpuinfo says, or "PC"
     topology: topology.Topology | None  # None on a real host
 
     @property
@@ -78,10 +82,13 @@ def _targets() -> dict[str, Target]:
     found = {}
     for name, machine in machines.items():
         described = topology.load(machine).description
-        for flavour, page_size in KERNELS.items():
+        for flavour, kernel in KERNELS.items():
+            if kernel.architecture is not POWER:
+                continue
             target = name + flavour.removeprefix("powerpc64le")
             append = hugepages.get(target, "")
-            found[target] = Target(target, machine, flavour, f"{described}; {page_size >> 10}K pages", append)
+            found[target] = Target(target, machine, flavour, f"{described}; {kernel.page_size >> 10}K pages", append)
+    found["q35"] = Target("q35", "x86", "amd64", topology.load("x86").description, "intel_iommu=on")
     return found
 
 

@@ -44,7 +44,7 @@ _TARGETS = {
     "power8?kernel=7.2": "powernv8",
 }
 """Presets of the fake, and which target of the lab each is like."""
-_FOR_SOME = {"siblings": "siblings"}
+_FOR_SOME = {"siblings": "siblings", "x86": "q35"}
 """Those for the cases that name them alone."""
 
 _SERVED = ("power8", "power8?page_size=65536", "pseries")
@@ -59,7 +59,7 @@ class FakeTarget:
     url: str
     served: ServedMachine | None
     page_size: int  # bytes
-    platform: str  # "PowerNV" or "pSeries"
+    platform: str  # "PowerNV", "pSeries" or "PC"
     topology: Topology
     kernel: tuple[int, int]
 

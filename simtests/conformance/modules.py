@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vfio.fake.machine import Machine
-from vfio.fake.spapr import SpaprTce
 
 
 def unload(machine: Machine) -> str | None:
@@ -19,7 +18,7 @@ def unload(machine: Machine) -> str | None:
 
 def load(machine: Machine) -> None:
     """Harmless where it is loaded."""
-    machine.vfio.iommu_drivers[:] = [SpaprTce]
+    machine.vfio.iommu_drivers[:] = [machine.vfio.platform_driver]
 
 
 ACTIONS: dict[str, Callable[[Machine], str | None]] = {"unload_iommu": unload, "load_iommu": load}

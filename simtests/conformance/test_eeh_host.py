@@ -66,6 +66,7 @@ def test_owner_who_only_thaws_leaves_a_pe_that_the_host_does_not_recover(program
     assert freezer.look(member.address) == FROZEN
 
 
+@pytest.mark.spoils  # the kernel makes the child's PE anew, and that is never again what it was
 def test_child_is_unavailable_while_the_host_recovers_its_parent_and_frozen_afterwards(program, second, freezer):
     container = program.attached(second, 7)
     assert container.group.device(second.address) >= 0
@@ -74,8 +75,8 @@ def test_child_is_unavailable_while_the_host_recovers_its_parent_and_frozen_afte
     assert container.eeh(GET_STATE) == NORMAL  # nobody knows yet
     freezer.check(bridge)
     assert container.eeh(GET_STATE) == UNAVAILABLE
-    freezer.until(lambda: container.eeh(GET_STATE) != UNAVAILABLE, seconds=60)
-    assert container.eeh(GET_STATE) == STOPPED
+    # The reset of the parent thaws it, and the host freezes it again: for a moment it may be seen between the two.
+    freezer.until(lambda: container.eeh(GET_STATE) == STOPPED, seconds=60)
     assert container.eeh(ENABLE) == 0
     assert container.eeh(GET_STATE) == NORMAL
 

@@ -10,6 +10,7 @@ from vfio.device import Device
 from vfio.dma import Dma
 from vfio.drivers.edu import Edu
 from vfio.drivers.nvme import Interrupt, Nvme
+from vfio.iommu.window import DmaWindow
 from vfio.irq import Irq
 
 _PATIENCE = 1.0
@@ -56,8 +57,9 @@ class NvmeExerciser:
 
     def move(self, source: Dma, sink: Dma) -> str:
         # Queues go through the window too, unless that takes a large page for them alone.
-        small = sink.window.page_size <= self._device.backend.page_size
-        with Nvme(self._device, window=sink.window if small else None) as disk:
+        window = sink.window if isinstance(sink.window, DmaWindow) else None
+        small = window is not None and window.page_size <= self._device.backend.page_size
+        with Nvme(self._device, window=window if small else None) as disk:
             space = disk.namespace()
             blocks = min(sink.length, disk.largest_transfer, space.size) // space.block_size
             wanted = disk.read(0, blocks)

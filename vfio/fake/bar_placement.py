@@ -26,6 +26,7 @@ class _Window(NamedTuple):
 _WINDOWS = {
     "POWER8": (_Window(0x3FF8000000000, 0x80000000, 0x80000000), _Window(0x3D00000000000, 1 << 36, None)),
     "POWER9": (_Window(0x600C000000000, 0x80000000, 0x80000000), _Window(0x6000000000000, 1 << 38, None)),
+    "PC": (_Window(0xC0000000, 0x10000000, None), _Window(0x800000000, 1 << 36, None)),
     "pSeries": (_Window(0x200080000000, 0x80000000, 0x80000000), _Window(0x210000000000, 1 << 40, None)),
 }
 """Of each platform: the one below 4 GiB on the bus, and the one for 64-bit BARs, on powernv for prefetchable ones."""

@@ -2,7 +2,17 @@
 
 A bus driver has a device bound to it, and gives it to users by registering it with the core: the kernel's
 vfio_register_group_dev(), vfio_add_group_dev() in that document's time.  The core then calls the driver's operations
-with the data that was registered.  A driver of your own, for a device that already is in a group::
+with the data that was registered.  A device of your own, with all that the library asks of one, in 30 lines::
+
+    import errno
+    from vfio import uapi
+    from vfio.fake.bus_driver import VfioDeviceOps
+    from vfio.fake.kernel_error import fail
+
+    INFO, REGION_INFO, RESET = (
+        request - uapi.VFIO_GET_API_VERSION
+        for request in (uapi.VFIO_DEVICE_GET_INFO, uapi.VFIO_DEVICE_GET_REGION_INFO, uapi.VFIO_DEVICE_RESET)
+    )
 
     class Mailbox(VfioDeviceOps):
         def read(self, data, process, count, pos):
@@ -12,7 +22,34 @@ with the data that was registered.  A driver of your own, for a device that alre
             data[pos : pos + len(buf)] = buf
             return len(buf)
 
-    machine.vfio.register_device(pci, Mailbox(), bytearray(4096))
+        def ioctl(self, data, process, n, argument):
+            if n == RESET:
+                data[:] = bytes(len(data))
+                return 0
+            if n not in (INFO, REGION_INFO):
+                raise fail(errno.ENOTTY)
+            info = argument.read(uapi.vfio_device_info if n == INFO else uapi.vfio_region_info)
+            if n == INFO:
+                info.flags, info.num_regions, info.num_irqs = uapi.VFIO_DEVICE_FLAGS_RESET, 1, 0
+            elif info.index:
+                raise fail(errno.EINVAL)
+            else:
+                info.flags = uapi.VFIO_REGION_INFO_FLAG_READ | uapi.VFIO_REGION_INFO_FLAG_WRITE
+                info.offset, info.size = 0, len(data)
+            argument.copy_out(bytes(uapi.buffer(info)))
+            return 0
+
+It is registered for a device that is in a group, and that no driver has; from then on users open it as any other::
+
+    pci = backend.machine.device("0000:01:00.0")
+    backend.machine.vfio.register_device(pci, Mailbox(), bytearray(4096))
+    with vfio.Container(backend) as container, vfio.Group(pci.group.number, backend) as group:
+        container.attach(group)
+        container.choose_iommu()
+        with group.device("0000:01:00.0") as device:
+            device.region(0).write32(16, 0x600DCAFE)
+
+(Hardware of your own, below vfio-pci and with DMA, is a `vfio.fake.devices.PciModel`.)
 
 What is not overridden answers as the core does for a driver without that operation.  A failing operation raises
 `fail(errno)`; what a caller's bad address raises (EFAULT) passes through.

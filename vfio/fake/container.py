@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 from vfio import uapi
 from vfio.fake.file import File
 from vfio.fake.kernel_error import fail
+from vfio.fake.noiommu import NoIommuDriver
+from vfio.fake.type1 import Type1
 
 if TYPE_CHECKING:
     from vfio.fake.core import VfioCore
     from vfio.fake.group import VfioGroup
+    from vfio.fake.iommu_driver import IommuDriver
     from vfio.fake.process import Process
-    from vfio.fake.spapr import SpaprTce
     from vfio.fake.user import Argument
 
 _GET_API_VERSION = 0
@@ -31,7 +33,9 @@ class Container:
         self.opener = opener
         self.groups: list[VfioGroup] = []
         """Newest first."""
-        self.iommu: SpaprTce | None = None
+        self.noiommu = False
+        """Whether its groups have no IOMMU."""
+        self.iommu: IommuDriver | None = None
         """The IOMMU driver's instance, between SET_IOMMU and the detaching of the last group."""
         self._references = 1
         core.containers.append(self)
@@ -46,23 +50,30 @@ class Container:
 
     def check_extension(self, extension: int) -> int:
         """VFIO_CHECK_EXTENSION: asks every driver until an instance of one is set."""
+        if isinstance(self.iommu, Type1):
+            return self.iommu.extension(extension)
         if self.iommu:
             return self.iommu.check_extension(self.core.machine, extension)
         return next(
             (
                 answer
-                for driver in self.core.iommu_drivers
+                for driver in self._drivers(self.noiommu if self.groups else None)
                 if (answer := driver.check_extension(self.core.machine, extension))
             ),
             0,
         )
+
+    def _drivers(self, noiommu: bool | None) -> list[type[IommuDriver]]:
+        """Those that may drive a container with, or without, an IOMMU; None for one that can still become either."""
+        real = [] if noiommu else self.core.iommu_drivers
+        return [*real, *([] if noiommu is False else [NoIommuDriver])]
 
     def set_iommu(self, kind: int) -> None:
         """VFIO_SET_IOMMU.  The errno of the last driver that claims the type, or ENODEV if none does."""
         if not self.groups or self.iommu:
             raise fail(errno.EINVAL)
         error = fail(errno.ENODEV)
-        for driver in self.core.iommu_drivers:
+        for driver in self._drivers(self.noiommu):
             if driver.check_extension(self.core.machine, kind) <= 0:
                 continue
             try:
@@ -84,7 +95,11 @@ class Container:
     def attach_group(self, group: VfioGroup) -> None:
         """Take a group in: its DMA is the user's from now on.  EPERM if the group is not viable."""
         iommu_group = group.claimed
-        iommu_group.claim_dma_owner(group)
+        if self.groups and self.noiommu != group.noiommu:
+            raise fail(errno.EPERM)
+        self.noiommu = group.noiommu
+        if not group.noiommu:
+            iommu_group.claim_dma_owner(group)
         if self.iommu:
             try:
                 self.iommu.attach_group(iommu_group)

@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Any
 from vfio.fake.container import Container, ContainerFile
 from vfio.fake.device_file import HeldMapping, VfioDevice
 from vfio.fake.group import VfioGroup
+from vfio.fake.iommu_group import IommuGroup
 from vfio.fake.kernel_error import KernelWouldBlock, fail
+from vfio.fake.pamu import PamuDomain
 from vfio.fake.registration import Registrations
 from vfio.fake.spapr import SpaprTce
+from vfio.fake.type1 import Type1
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from vfio.fake.bus_driver import VfioDeviceOps
     from vfio.fake.file import File
-    from vfio.fake.iommu_group import IommuGroup
+    from vfio.fake.iommu_driver import IommuDriver
     from vfio.fake.machine import Machine
     from vfio.fake.pci import PciDevice
     from vfio.fake.pe import Pe
@@ -38,8 +41,10 @@ class VfioCore:
         """By the number of the IOMMU group: the nodes /dev/vfio/N."""
         self.containers: list[Container] = []
         """Open, or with a group."""
-        self.iommu_drivers: list[type[SpaprTce]] = [SpaprTce]
+        self.iommu_drivers: list[type[IommuDriver]] = [self.platform_driver]
         """Registered IOMMU drivers; empty while no such module is loaded."""
+        self.noiommu = False
+        """The module's parameter enable_unsafe_noiommu_mode."""
         self.devices: dict[PciDevice, VfioDevice] = {}
         """What bus drivers have registered."""
         self.mappings: dict[Process, list[HeldMapping]] = {}
@@ -47,6 +52,14 @@ class VfioCore:
         self._registrations: dict[Process, Registrations] = {}
         self._minors: set[int] = set()
         self._opened = 0
+
+    @property
+    def platform_driver(self) -> type[IommuDriver]:
+        """The IOMMU driver that hosts of this kind load."""
+        iommu = self.machine.topology.iommu
+        if iommu.ranges:
+            return Type1
+        return PamuDomain if iommu.pamu else SpaprTce
 
     # --- files ---
 
@@ -67,14 +80,21 @@ class VfioCore:
     def register_device(self, pci: PciDevice, ops: VfioDeviceOps, data: Any) -> VfioDevice:
         """A bus driver has `pci` and offers it to users: its group gets a node with the first.
 
-        EINVAL for a device without an IOMMU group, or one that is registered.
+        EINVAL for a device without an IOMMU group, unless such are allowed, or one that is registered.
         """
-        if pci.group is None or pci in self.devices:
+        if pci in self.devices:
             raise fail(errno.EINVAL)
+        alone = pci.group is None
+        if pci.group is None:
+            if not self.noiommu:
+                raise fail(errno.EINVAL)
+            number = self._free(self.machine.iommu_groups)
+            pci.group = self.machine.iommu_groups[number] = IommuGroup(number, "vfio-noiommu", [pci])
         group = self.groups.get(pci.group.number)
         if group is None:
             group = self.groups[pci.group.number] = VfioGroup(self, pci.group, self._free(self._minors))
             self._minors.add(group.minor)
+            group.noiommu = alone
         group.drivers += 1
         device = VfioDevice(group, pci, ops, data, self._free(known.index for known in self.devices.values()))
         group.devices.insert(0, device)
@@ -131,6 +151,9 @@ class VfioCore:
         if not group.drivers:
             del self.groups[group.number]
             group.revoke()
+            if group.noiommu:
+                del self.machine.iommu_groups[group.number]
+                device.pci.group = None
 
     def free_minor(self, group: VfioGroup) -> None:
         """Nothing refers to the group any more."""

@@ -41,10 +41,12 @@ def has_vfio(machine: Machine) -> bool:
 
 def group_of(machine: Machine, path: str) -> VfioGroup | None:
     """The VFIO group whose node has this path."""
-    number = path.removeprefix(_DIRECTORY)
-    if path.startswith(_DIRECTORY) and number.isdecimal():
-        return machine.vfio.groups.get(int(number))
-    return None
+    name = path.removeprefix(_DIRECTORY)
+    number = name.removeprefix("noiommu-")
+    if not path.startswith(_DIRECTORY) or not number.isdecimal():
+        return None
+    group = machine.vfio.groups.get(int(number))
+    return group if group and group.node == name else None
 
 
 def _vfio(machine: Machine, process: Process) -> Directory:
@@ -54,7 +56,7 @@ def _vfio(machine: Machine, process: Process) -> Directory:
         if name == "vfio":
             return DeviceNode(stat.S_IFCHR, _CONTAINER, 0o666, opens=lambda _: core.open_container(process))
         group = group_of(machine, _DIRECTORY + name)
-        if group is None or str(group.number) != name:
+        if group is None:
             return None
         return DeviceNode(
             stat.S_IFCHR,
@@ -65,4 +67,4 @@ def _vfio(machine: Machine, process: Process) -> Directory:
             opens=lambda _: core.open_group(process, group.number),
         )
 
-    return Directory(lambda: ["vfio", *map(str, core.groups)], lookup)
+    return Directory(lambda: ["vfio", *(group.node for group in core.groups.values())], lookup)

@@ -38,6 +38,8 @@ class VfioGroup:
         self.iommu_group: IommuGroup | None = iommu_group
         """None once its last device has left: what still has the group open gets ENODEV."""
         self.minor = minor
+        self.noiommu = False
+        """Whether it was made for a device without an IOMMU; then CAP_SYS_RAWIO, which root has, is needed to use it."""
         self.uid = 0
         self.gid = 0
         self.mode = 0o600
@@ -51,6 +53,11 @@ class VfioGroup:
         self.opened_file: GroupFile | None = None
 
     @property
+    def node(self) -> str:
+        """The name of its node in /dev/vfio."""
+        return f"{'noiommu-' if self.noiommu else ''}{self.number}"
+
+    @property
     def claimed(self) -> IommuGroup:
         """The IOMMU group; ENODEV once it is gone."""
         if self.iommu_group is None:
@@ -61,6 +68,8 @@ class VfioGroup:
         """Open the node: EACCES by its mode, EBUSY while it is open (duplicates of one file do not count)."""
         if not process.may(_READ_WRITE, self.uid, self.gid, self.mode):
             raise fail(errno.EACCES)
+        if self.noiommu and process.uid != 0:
+            raise fail(errno.EPERM)
         if self.opened_file:
             raise fail(errno.EBUSY)
         self.opened_file = GroupFile(self)

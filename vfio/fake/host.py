@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from vfio.fake.machine import Machine
     from vfio.fake.process import Process
 
-_RELEASES = {(6, 12): "6.12.107+deb13-powerpc64le", (7, 2): "7.2.13+deb14-powerpc64le"}
+_RELEASES = {(6, 12): "6.12.107+deb13", (7, 2): "7.2.13+deb14"}
 
 
 @dataclass
@@ -59,7 +59,8 @@ class Host:
         found = machine.topology
         release = found.platform.release
         if release is None:
-            release = _RELEASES[machine.kernel] + ("-64k" if machine.page_size == 65536 else "")
+            flavour = "amd64" if found.platform.name == "PC" else "powerpc64le"
+            release = f"{_RELEASES[machine.kernel]}-{flavour}{'-64k' if machine.page_size == 65536 else ''}"
         host = cls(release, found.memory)
         for device in found.devices:
             for interface in device.interfaces:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vfio.fake.pamu import PamuDomain
+from vfio.fake.spapr import SpaprTce
+from vfio.fake.type1 import Type1
+
 if TYPE_CHECKING:
     from vfio.fake.container import Container
     from vfio.fake.core import VfioCore
@@ -40,9 +44,11 @@ def held(core: VfioCore) -> list[str]:
         name = f"container {container.number} (opened by process {container.opener.pid})"
         for group in container.groups:
             found.append(f"{name}: group {group.number} is attached")
-        for table in container.iommu.tables if container.iommu else ():
-            if table is not None:
-                found.append(f"{name}: {_window_text(table)}")
+        iommu = container.iommu
+        if isinstance(iommu, Type1):
+            found += [f"{name}: {what}" for what in iommu.held()]
+        elif isinstance(iommu, (SpaprTce, PamuDomain)):
+            found += [f"{name}: {_window_text(table)}" for table in iommu.tables if table is not None]
     for process, registrations in core._registrations.items():
         for region in registrations:
             size, by = region.end - region.start, f"process {process.pid}"
@@ -62,7 +68,9 @@ def held(core: VfioCore) -> list[str]:
 
 
 def _holders(core: VfioCore, registrations: Registrations, region: object) -> list[Container]:
-    return [c for c in core.containers if c.iommu and any(held is region for held in c.iommu.regions)]
+    return [
+        c for c in core.containers if isinstance(c.iommu, SpaprTce) and any(held is region for held in c.iommu.regions)
+    ]
 
 
 def _container(container: Container) -> dict[str, Any]:
@@ -72,7 +80,9 @@ def _container(container: Container) -> dict[str, Any]:
         "opener": container.opener.pid,
         "groups": [group.number for group in container.groups],
     }
-    if iommu:
+    if isinstance(iommu, (PamuDomain, Type1)):
+        shown |= iommu.describe()
+    elif isinstance(iommu, SpaprTce):
         shown["iommu"] = f"sPAPR TCE v{iommu.version}"
         shown["owner"] = iommu.owner.pid if iommu.owner else None
         shown["enabled"] = iommu.enabled

@@ -24,7 +24,7 @@ class IommuGroup:
     ) -> None:
         self.number = number
         self.name = name
-        """As sysfs shows it: domain0-pefd."""
+        """As sysfs shows it: domain0-pefd; empty where it shows none."""
         self.devices: list[PciDevice] = [] if devices is None else devices
         self.table_group = table_group
         """Its windows; None where the platform has none to give."""

@@ -13,6 +13,7 @@ from vfio.fake.eeh_host import EehHost
 from vfio.fake.eventfd import VirqFds
 from vfio.fake.hooks import Hooks
 from vfio.fake.kernel_log import KernelLog
+from vfio.fake.pamu import PamuHardware
 from vfio.fake.process import Process
 
 if TYPE_CHECKING:
@@ -61,6 +62,9 @@ class Machine:
         self.pes: list[Pe] = []
         self.eeh = EehHost(self)
         """EEH: freeze a PE, thaw it, let it fail."""
+        pamu = topology.iommu.pamu
+        self.pamu = PamuHardware(pamu) if pamu else None
+        """The IOMMU of a P4080."""
         self.vfio = VfioCore(self)
         self.driver_core = DriverCore(self)
         self.driver_core.boot()

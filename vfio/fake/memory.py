@@ -20,7 +20,7 @@ from vfio.fake.kernel_error import fail
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
-_MADV_POPULATE_WRITE = 23
+_MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23
 _NOBODY = -1
 _POPULATE = 1 << 20
 """So many bytes are filled in to see whether they are there; of more, the list of areas is read, which touches none."""
@@ -31,10 +31,11 @@ class _Vector(ctypes.Structure):
 
 
 class Area(NamedTuple):
-    """A range of addresses, and whether it can be written."""
+    """A range of addresses, and whether it can be read, or written."""
 
     start: int
     end: int
+    readable: bool
     writable: bool
     of_file: bool
     """Mapped from a file, which may be shorter than the range."""
@@ -59,14 +60,16 @@ class AddressSpace:
         copy = ctypes.create_string_buffer(data, len(data))
         self._transfer(_libc.process_vm_writev, ctypes.addressof(copy), address, len(data))
 
-    def pinnable(self, address: int, length: int) -> int:
-        """How many bytes from `address` on are there and writable, in whole host pages; at most `length`."""
-        if length <= _POPULATE and self.pid == os.getpid() and not _libc.madvise(address, length, _MADV_POPULATE_WRITE):
+    def pinnable(self, address: int, length: int, *, write: bool = True) -> int:
+        """How many bytes from `address` on are there and writable (readable, without `write`), in whole host pages; at
+        most `length`."""
+        advice = _MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ
+        if length <= _POPULATE and self.pid == os.getpid() and not _libc.madvise(address, length, advice):
             return length // self.page_size * self.page_size
         at, end = address, address + length
         for area in self._areas(at, end):
             if area.start <= at < area.end:
-                if not area.writable:
+                if not (area.writable if write else area.readable):
                     break
                 before, at = at, min(area.end, end)
                 if area.of_file and not self._is_there(at - 1):
@@ -127,8 +130,9 @@ class AddressSpace:
                 if start >= last:
                     return
                 if end > first:
-                    writable = rights.startswith(b"rw") and not (name and name[0].startswith(b"[v"))
-                    yield Area(start, end, writable, inode != b"0")
+                    special = bool(name) and name[0].startswith(b"[v")
+                    readable, writable = rights.startswith(b"r"), rights.startswith(b"rw")
+                    yield Area(start, end, readable and not special, writable and not special, inode != b"0")
 
     def _transfer(self, call: object, local: int, remote: int, length: int) -> None:
         if not length:

@@ -402,7 +402,7 @@ class PciDevice:
     def message(self, vector: int) -> None:
         """Message `vector` arrives at the host: a write on the bus, so it takes a bus master that is not frozen."""
         handler = self.vector_handlers.get(vector)
-        if handler and self._may_master():
+        if handler and self._may_master() and (self.pe is None or self.pe.message_arrives(vector)):
             handler()
 
     def enable_msi(self, address: int, queue: int) -> None:

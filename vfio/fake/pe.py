@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from vfio.fake import error_injection
 from vfio.fake.eeh_pe import EehPe
 from vfio.fake.iommu_group import IommuGroup
+from vfio.fake.pamu import PamuGroup
 from vfio.fake.table_group import Ioda1TableGroup, Ioda2TableGroup, PseriesTableGroup, TableGroup
 from vfio.fake.tce import TCE_READ, TCE_WRITE
+from vfio.fake.type1_mappings import Type1Group
 
 if TYPE_CHECKING:
     from vfio.fake.eeh_pe import Freeze
@@ -102,6 +104,13 @@ class Pe:
                     self._gone(address + at, here, place, write=True)
             at += here
 
+    def message_arrives(self, vector: int) -> bool:
+        """Whether the IOMMU lets message `vector` of a device through."""
+        if self.table_group.carries(vector):
+            return True
+        self._refuse(DmaFault(0, 4, True, f"no window maps the MSI bank of message {vector}"))
+        return False
+
     def _dma_works(self, address: int, length: int, write: bool) -> bool:
         if self.eeh.stops_dma:
             self._fault(DmaFault(address, length, write, "the PE is frozen"))
@@ -164,7 +173,8 @@ def make_pe(machine: Machine, phb: Phb, number: int | None, group: int) -> Pe:
     """The PE `number` (None: the platform shows none) below `phb`, with its IOMMU group; both join the machine."""
     table_group = _table_group(machine, group)
     pe_number = 0 if number is None else number
-    iommu_group = IommuGroup(group, f"domain{phb.domain}-pe{pe_number:x}", table_group=table_group)
+    name = "" if isinstance(table_group, (Type1Group, PamuGroup)) else f"domain{phb.domain}-pe{pe_number:x}"
+    iommu_group = IommuGroup(group, name, table_group=table_group)
     # What the platform does not number is a PE of its own.
     eeh = EehPe(machine, phb.domain, 0) if number is None else machine.eeh.pe(phb.domain, number)
     pe = Pe(machine, pe_number, phb, iommu_group, table_group, eeh)
@@ -176,7 +186,11 @@ def make_pe(machine: Machine, phb: Phb, number: int | None, group: int) -> Pe:
 def _table_group(machine: Machine, group: int) -> TableGroup:
     topology = machine.topology
     kind: type[TableGroup] = Ioda2TableGroup
-    if topology.platform.name == "pSeries":
+    if topology.iommu.ranges:
+        kind = Type1Group
+    elif topology.iommu.pamu:
+        kind = PamuGroup
+    elif topology.platform.name == "pSeries":
         kind = PseriesTableGroup
     elif not topology.iommu.dynamic_windows:
         kind = Ioda1TableGroup

@@ -5,6 +5,7 @@
     strict=0|1               0: calls that would corrupt or hang a real kernel are answered rather than raised
     freeze=0|1               0: as the lab's QEMU: no PE freezes by itself, one that is frozen goes on working, and a
                              fundamental reset does not reach the devices
+    pamu_errno=0|1           0: the PAMU of fake:p4080 returns 0 for most of what it refuses, as the posted patches did
     uid=N                    of the process that has the backend; without it root, uid 0
     memlock=BYTES|unlimited  RLIMIT_MEMLOCK of the process; without it 8 MiB
     ipc_lock=0|1             CAP_IPC_LOCK of the process; without it root has it and nobody else
@@ -40,6 +41,7 @@ class Options(NamedTuple):
     kernel: tuple[int, int] | None = None
     strict: bool | None = None
     freeze: bool | None = None
+    pamu_errno: bool | None = None
     uid: int | None = None
     memlock: int | None = DEFAULT_MEMLOCK
     ipc_lock: bool | None = None
@@ -80,6 +82,10 @@ def _boot(url: str) -> tuple[Machine, Options]:
         )
     except (topology.TopologyError, UnknownModel) as error:
         raise _refused(url, str(error)) from error
+    if options.pamu_errno is not None:
+        if made.pamu is None:
+            raise _refused(url, f"pamu_errno is for machines with a PAMU, and {name} has none")
+        made.pamu.returns_zero = not options.pamu_errno
     return made, options
 
 
@@ -116,6 +122,7 @@ _READERS: dict[str, Callable[[str], object]] = {
     "kernel": _one_of(dict(KERNELS)),
     "strict": _one_of(_SWITCH),
     "freeze": _one_of(_SWITCH),
+    "pamu_errno": _one_of(_SWITCH),
     "uid": _natural(_HIGHEST_ID),
     "memlock": _bytes,
     "ipc_lock": _one_of(_SWITCH),

@@ -110,6 +110,13 @@ def _smaps(process: Process) -> str:
 
 def _cpuinfo(machine: Machine) -> str:
     platform = machine.topology.platform
+    if platform.name == "P4080DS":
+        return (
+            f"processor\t: 0\ncpu\t\t: {platform.cpu}\nclock\t\t: 1500.000000MHz\nrevision\t: 2.0 (pvr 8023 0020)\n\n"
+            f"timebase\t: 50000000\nplatform\t: P4080 DS\nmodel\t\t: fsl,{platform.name} (modelled)\n"
+        )
+    if platform.name == "PC":
+        return f"processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: {platform.cpu}\ncpu MHz\t\t: 2000.000\n\n"
     bare = platform.name == "PowerNV"
     model = f"IBM {platform.name} (modelled)"
     firmware = "firmware\t: OPAL\n" if bare else ""

@@ -20,6 +20,7 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vfio.backends import wire
@@ -96,14 +97,16 @@ class Server:
         for fd in (listener.fileno(), self._wake, self.files.fileno()):
             self._epoll.register(fd, select.EPOLLIN)
 
-    def run(self) -> None:
-        """Serve until `stop` is called.  Time on the machine is real time meanwhile."""
+    def run(self, ended: Callable[[], object] = lambda: None) -> None:
+        """Serve until `stop` is called; `ended` is called then, before clients see the end.  Time on the machine is real
+        time meanwhile."""
         with self.machine.lock:
             self.machine.clock.follow()
         try:
             while not self._stopped:
                 self._turn()
         finally:
+            ended()
             self._close()
 
     def stop(self) -> None:

@@ -123,7 +123,7 @@ def run(machine: Machine, listener: Listener, ready: Callable[[], object]) -> No
     try:
         listener.listen()
         ready()
-        server.run()
+        server.run(listener.close)
     finally:
         listener.close()
         for number, handler in before.items():

@@ -7,6 +7,7 @@ what is wanted.
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import posixpath
 import stat
@@ -241,11 +242,18 @@ def _group(machine: Machine, group: IommuGroup) -> Directory:
             "devices": directory(
                 {pci.address: Link(f"../../../..{pci_sysfs.path(pci).removeprefix('/sys')}") for pci in group.devices}
             ),
-            "name": text(group.name),
-            "reserved_regions": Attribute(lambda: ""),
-            "type": Attribute(lambda: "unknown\n", set_type),
+            **({"name": text(group.name)} if group.name else {}),
+            "reserved_regions": Attribute(lambda: _reserved(machine)),
+            "type": Attribute(lambda: "DMA\n" if machine.topology.iommu.ranges else "unknown\n", set_type),
         }
     )
+
+
+def _reserved(machine: Machine) -> str:
+    """On a PC the addresses between the ranges of IOVA, at which interrupts are signalled."""
+    ranges = machine.topology.iommu.ranges
+    gaps = [(before[1] + 1, after[0] - 1) for before, after in itertools.pairwise(ranges)]
+    return "".join(f"{start:#018x} {end:#018x} msi\n" for start, end in gaps)
 
 
 def _classes(machine: Machine) -> Directory:
@@ -353,5 +361,6 @@ def _modules(machine: Machine) -> Directory:
     loaded = {driver.module for driver in machine.driver_core.drivers.values()}
     if _has_vfio(machine):
         loaded |= {"vfio", "vfio_pci_core"}
-        loaded |= {"vfio_iommu_spapr_tce"} if machine.vfio.iommu_drivers else set()
+        platform = "vfio_iommu_type1" if machine.topology.iommu.ranges else "vfio_iommu_spapr_tce"
+        loaded |= {platform} if machine.vfio.iommu_drivers else set()
     return directory({name: directory({}) for name in sorted(loaded)})

@@ -87,6 +87,10 @@ class TableGroup(ABC):
     def used_by_host(self) -> None:  # noqa: B027  most platforms do not mind
         """A driver of the host's began to do DMA."""
 
+    def carries(self, vector: int) -> bool:
+        """Whether a device's message `vector` reaches the interrupt controller: on POWER it passes beside the windows."""
+        return True
+
     def find(self, address: int) -> TceTable | None:
         """The table that translates a bus address."""
         for table in self.tables:

@@ -42,7 +42,7 @@ _ATOMIC_BITS = 0x380
 
 def probe(machine: Machine, pci: PciDevice) -> None:
     """The driver core binds the driver to a function.  EINVAL for a bridge and for a function without a group."""
-    if pci.is_bridge or pci.group is None:
+    if pci.is_bridge or (pci.group is None and not machine.vfio.noiommu):
         raise fail(errno.EINVAL)
     pci.vfio = VfioPciDevice(pci)
     try:

@@ -21,6 +21,9 @@ class Iommu(ABC):
     extension: ClassVar[int]
     """The number that SET_IOMMU takes."""
 
+    passed_over: tuple[str, ...] = ()
+    """Why `Container.choose_iommu` did not take a better model: the error of each, best first."""
+
     def __init__(self, container: Container) -> None:
         self.container = container
         self.backend: Backend = container.backend

@@ -11,10 +11,12 @@ two windows whose size, page size and table levels the process chooses.
 from __future__ import annotations
 
 import errno
+import re
 from abc import abstractmethod
 from typing import TYPE_CHECKING, NamedTuple
 
 from vfio import errors, uapi
+from vfio.backend import Backend
 from vfio.dma import Dma, DmaMemory
 from vfio.iommu import registration, tce
 from vfio.iommu.model import Iommu
@@ -144,6 +146,20 @@ class Spapr(Iommu):
         if self.info.levels == 1:
             return window.size // window.page_size * tce.TCE
         return tce.Shape(window.size, window.page_size, window.levels, self.backend.page_size).charged
+
+
+def platform_name(backend: Backend) -> str:
+    """What /proc/cpuinfo calls this host, for messages; POWER7's bridges are IODA1, which has no dynamic windows."""
+    try:
+        lines = backend.read_text("/proc/cpuinfo").splitlines()
+    except OSError:
+        return "this platform"
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    cpu = re.match(r"POWER\d+", found.get("cpu", ""))
+    if not cpu:
+        return "this platform"
+    ioda1 = ", IODA1" if cpu[0] == "POWER7" and found.get("platform") == "PowerNV" else ""
+    return f"{cpu[0]} ({found.get('platform', 'POWER')}{ioda1})"
 
 
 def no_module(error: OSError) -> tuple[str, str]:

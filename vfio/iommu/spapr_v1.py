@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NoReturn
 
 from vfio import errors, uapi
 from vfio.dma import Dma, DmaMemory
 from vfio.iommu.registration import User
-from vfio.iommu.spapr import Spapr, no_module
+from vfio.iommu.spapr import Spapr, no_module, platform_name
 from vfio.iommu.window import DmaWindow
 
 if TYPE_CHECKING:
@@ -84,8 +84,27 @@ class SpaprTce(Spapr):
             why = "some of the memory is not there, is read-only, or is device memory"
             raise errors.CallFailed(errno.EFAULT, what, why) from error
 
+    def create_window(self, size: int, page_size: int | None = None, levels: int | None = None) -> NoReturn:
+        """Raises `errors.CallFailed` (ENOTTY), which says whether it is the platform that has no dynamic windows, or v1."""
+        raise self._one_window(f"cannot create a DMA window of {errors.size(size)}")
+
+    def register(self, memory: DmaMemory) -> NoReturn:
+        """Raises `errors.CallFailed` (ENOTTY), as `create_window`: memory is registered for dynamic windows."""
+        raise self._one_window(f"cannot register {errors.size(memory.length)}", "iommu.map(memory) pins it")
+
     def remove_window(self, window: DmaWindow) -> None:
-        raise errors.CallFailed(errno.ENOTTY, f"cannot remove the {window}", f"{self.name} has this one only", "use v2")
+        raise self._one_window(f"cannot remove the {window}")
+
+    def _one_window(
+        self, what: str, remedy: str = "map in the window that there is: iommu.map(memory)"
+    ) -> errors.VfioError:
+        """What needs a dynamic window was asked for."""
+        name = platform_name(self.backend)
+        no_windows = f"{name} has no Dynamic DMA Windows"
+        if "IODA1" in name or any(no_windows in text for text in self.passed_over):
+            why = f"{no_windows}, and {self.name} has its one window only"
+            return errors.CallFailed(errno.ENOTTY, what, why, remedy)
+        return errors.CallFailed(errno.ENOTTY, what, f"{self.name} has the one window of {name}", "use v2")
 
     def close(self) -> None:
         with self.lock:

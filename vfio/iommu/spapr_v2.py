@@ -9,7 +9,7 @@ from vfio import errors, uapi
 from vfio.closing import Closing
 from vfio.dma import Dma, DmaMemory, backing_page_size
 from vfio.iommu import registration, tce
-from vfio.iommu.spapr import Spapr, no_module
+from vfio.iommu.spapr import Spapr, no_module, platform_name
 from vfio.iommu.window import DmaWindow
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ class SpaprTceV2(Spapr):
     @classmethod
     def explain_refusal(cls, container: Container, error: OSError) -> tuple[str, str]:
         if error.errno == errno.EINVAL:
-            return "the platform has no Dynamic DMA Windows", "use v1: vfio.SpaprTce"
+            name = platform_name(container.backend)
+            return f"{name} has no Dynamic DMA Windows", "use v1: vfio.SpaprTce"
         return no_module(error)
 
     # --- memory ---

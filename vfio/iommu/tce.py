@@ -8,6 +8,7 @@ arch/powerpc/platforms/pseries/iommu.c.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from vfio import errors
@@ -96,3 +97,42 @@ def shape(window_size: int, page_size: int, levels: int | None, host_page: int, 
             asked.problem, f"levels={working} works" if working else "make the window smaller or its pages larger"
         )
     return asked
+
+
+class Planned(NamedTuple):
+    """A window that could be created; sizes in bytes."""
+
+    page_size: int
+    levels: int
+    table: int
+    """Of the table that the hardware reads, all levels filled; 0 where there can be none."""
+    charged: int
+    """Locked memory that creating it is charged."""
+    problem: str
+    """Why it cannot be; empty if it can."""
+
+
+def plan(
+    window_size: int, page_sizes: Iterable[int], max_levels: int, host_page: int, memory: int | None = None
+) -> list[Planned]:
+    """Every window of `window_size` bytes (a power of two) of a platform, by page size and number of levels.
+
+    `max_levels` 1 is a PAPR guest, whose firmware makes the table and, where its `memory` in bytes is given, none for a
+    window larger than that.
+    """
+    found = []
+    for page in page_sizes:
+        for levels in range(1, max_levels + 1):
+            if window_size < page:
+                problem = f"{errors.size(window_size)} are less than one page of {errors.size(page)}"
+                found.append(Planned(page, levels, 0, 0, problem))
+            elif max_levels == 1:
+                table = window_size // page * TCE
+                small = memory is not None and window_size > 1 << (memory - 1).bit_length()
+                problem = "the firmware refuses more than this partition's memory" if small else ""
+                found.append(Planned(page, levels, table, table, problem))
+            else:
+                planned = Shape(window_size, page, levels, host_page)
+                # Half of what is charged is the view that the kernel keeps for the process.
+                found.append(Planned(page, levels, planned.charged // 2, planned.charged, planned.problem))
+    return found

@@ -1,0 +1,38 @@
+"""Which pages of a range of IOVA devices may have written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DirtyPages:
+    """A bitmap of the pages of ``iova .. iova + length``: bit n of it, the lowest of a byte first, is that of page n."""
+
+    iova: int  # bytes
+    length: int  # bytes
+    page_size: int  # bytes for each bit
+    bitmap: bytes
+
+    def __contains__(self, iova: object) -> bool:
+        """Whether the page of this IOVA is dirty."""
+        if not isinstance(iova, int) or not 0 <= iova - self.iova < self.length:
+            return False
+        page = (iova - self.iova) // self.page_size
+        return bool(self.bitmap[page // 8] >> page % 8 & 1)
+
+    @property
+    def pages(self) -> Iterator[int]:
+        """The IOVA of every page that is dirty."""
+        return (iova for iova in range(self.iova, self.iova + self.length, self.page_size) if iova in self)
+
+    @property
+    def count(self) -> int:
+        """How many pages are dirty."""
+        return sum(1 for _ in self.pages)
+
+
+def bitmap_bytes(length: int, page_size: int) -> int:
+    """Bytes of a bitmap for so many bytes of IOVA: whole 64-bit words."""
+    return -(-length // page_size // 64) * 8
