@@ -304,7 +304,13 @@ def test_watch_of_one_device_as_json(
 def test_watch_ends_with_0_at_a_real_interrupt() -> None:
     words = [sys.executable, "-u", "-m", "vfio_cli.main", "eeh", "watch", "--backend", "fake:power9", "--poll", "0.05"]
     started = subprocess.Popen(
-        [*words, "--trace"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}
+        [*words, "--trace"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ},
+        # A shell has its background jobs ignore it, and their children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert started.stderr is not None
     watching = threading.Event()
