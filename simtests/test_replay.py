@@ -9,7 +9,7 @@ import pytest
 from simtests.replay import Replay
 from simtests.test_transcripts import PRESETS, cases
 
-TARGET, CASE = "powernv8", "pci_irqs::test_intx_of_the_device_arrives_once_until_it_is_unmasked"
+TARGET, CASE = "powernv8", "pci_intx::test_intx_of_the_device_arrives_once_until_it_is_unmasked"
 
 
 @pytest.fixture

@@ -35,6 +35,7 @@ LEFT_OUT = {
     "library_device::test_interrupt_says_when_a_transfer_is_done",  # an interrupt some time after the call
     "library_spapr_v2::test_two_threads_map_in_one_container",  # calls at the same time
     "pci_config::test_every_byte_of_an_express_device_keeps_what_it_should",  # 20,000 calls, and tables of its own
+    "pci_feature::test_one_eventfd_writes_registers_of_two_devices",
     "pci_feature::test_signalled_ioeventfd_writes_the_register_little_endian",  # writes to an eventfd
     # a descriptor, in the data of a feature, that is open in one process and not in another
     "pci_feature::test_low_power_with_wakeup_needs_room_for_an_eventfd",
@@ -48,6 +49,7 @@ LEFT_OUT = {
     "library_pci::test_sysfs_of_who_is_not_root_ends_behind_the_header",
     "library_pci::test_sysfs_shows_every_device_of_the_host_without_a_fault",
     "pci_reset_state::test_way_through_d3hot_keeps_configuration_space",
+    "sysfs_files::test_reset_through_the_file_keeps_configuration_space",
     "sysfs_files::test_root_reads_all_of_configuration_space_and_others_64_bytes",
     # modules, signals, other processes: no calls of the seam
     "core_container::test_iommu_module_stays_while_a_container_uses_it",
