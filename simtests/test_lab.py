@@ -3,6 +3,7 @@
 import io
 import json
 import lzma
+import os
 import stat
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hwtests.lab import cpio, frames, image, machine, mirror, overlay, qemu, targets
+from hwtests.lab import cpio, frames, image, machine, mirror, overlay, packages, qemu, targets
 from hwtests.lab.errors import LabError
 from vfio import topology
 
@@ -181,6 +182,60 @@ def test_third_party_archive_of_the_same_suite_comes_last(tmp_path: Path) -> Non
 def test_environment_names_the_mirror_whatever_apt_says(tmp_path: Path) -> None:
     apt = apt_root(tmp_path, a_list="deb http://mirror.example/debian bookworm main\n")
     assert mirror.mirrors(apt, {"VFIO_LAB_MIRROR": "http://other.example/debian/"}) == ["http://other.example/debian"]
+
+
+# --- packages
+
+APT_GET = """\
+#!/bin/sh
+root=${APT_CONFIG%/*}
+echo "$*" >> "$root/calls"
+case "$*" in
+*" linux-image-6.12.9-x") : > linux-image-6.12.9-x_6.12.9-1_ppc64el.deb ;;
+*" linux-image-"*) echo "E: Failed to fetch http://m.example/linux-image-6.12.10-x_6.12.10-1_ppc64el.deb  404" >&2; exit 1 ;;
+*" install "*)
+    grep -qF 'Pin: version *1+2.0~b-1' "$root/preferences" && { : > "$root/cache/archives/old.deb"; exit; }
+    echo "E: Failed to fetch http://m.example/pool/libx_1%2b2.0%7eb-1_ppc64el.deb  404  Not Found" >&2; exit 1 ;;
+esac
+"""
+APT_CACHE = """\
+#!/bin/sh
+case $1 in
+depends) echo "  Depends: linux-image-6.12.10-x" ;;
+pkgnames) printf '%s\\n' linux-image-6.12.9-x linux-image-6.12.10-x linux-image-6.9.1-x busybox ;;
+esac
+"""
+
+
+@pytest.fixture
+def lagging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> packages.Archive:
+    """An archive whose mirror lists packages that it does not hold."""
+    for name, text in (("apt-get", APT_GET), ("apt-cache", APT_CACHE), ("apt-config", "#!/bin/sh\n")):
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(text)
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("VFIO_LAB_MIRROR", "http://m.example/debian")
+    return packages.Archive(tmp_path / "apt", lambda _: None, "ppc64el")
+
+
+def test_version_that_the_mirror_lists_but_does_not_hold_is_ruled_out(
+    lagging: packages.Archive, tmp_path: Path
+) -> None:
+    assert [deb.name for deb in lagging.closure(["libx"])] == ["old.deb"]
+    sources = (tmp_path / "apt" / "sources.list").read_text().splitlines()
+    assert [line.split()[-2] for line in sources] == ["trixie", "stable"]
+    assert (tmp_path / "apt" / "calls").read_text().splitlines().count("update") == 1
+
+
+def test_kernel_that_the_mirror_does_not_hold_gives_way_to_the_next_older(lagging: packages.Archive) -> None:
+    assert lagging.fetch_newest("linux-image-x", r"linux-image-[0-9].*-x").name.startswith("linux-image-6.12.9-x_")
+
+
+def test_kernel_of_which_no_version_is_listed_raises(lagging: packages.Archive) -> None:
+    with pytest.raises(LabError, match=r"trixie/ppc64el has no package linux-image-\[0-9\]\.\*-y"):
+        lagging.fetch_newest("linux-image-y", r"linux-image-[0-9].*-y")
 
 
 # --- targets and QEMU

@@ -272,8 +272,8 @@ def _skeleton(root: Path) -> Iterator[cpio.Entry]:
 
 
 def _build_kernel(archive: Archive, flavour: str, report: Report, target: Path) -> None:
-    name = archive.resolve(f"linux-image-{flavour}", rf"linux-image-[0-9].*-{re.escape(flavour)}")
-    deb = archive.fetch(name)
+    deb = archive.fetch_newest(f"linux-image-{flavour}", rf"linux-image-[0-9].*-{re.escape(flavour)}")
+    name = deb.name.partition("_")[0]
     report(f"unpacking {name}")
     root = target.with_suffix(".root")
     unpack(deb, root)

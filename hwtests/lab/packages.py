@@ -2,6 +2,9 @@
 
 `apt-get` gets its own source list, package lists, archive directory and an empty status file, and nothing of the
 host's configuration but how to reach the network (`Acquire::*`: proxies, credentials, certificates).
+
+A mirror may list what it does not hold: a point release on its way. Such a version is ruled out, and apt takes an older
+one, from the same list or from what the mirror has under the suite's other name, which may be of the release before.
 """
 
 import os
@@ -10,12 +13,15 @@ import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from urllib.parse import unquote
 
 from hwtests.lab.errors import LabError
 from hwtests.lab.mirror import ENVIRONMENT, mirrors
 
 SUITE = "trixie"
+_ALIAS = "stable"  # as long as it is that
 
+_MISSING = re.compile(r"Failed to fetch \S+/([^/_]+)_([^/_]+)_[^/_]+\.deb\s+404")
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _ATTEMPTS = 3
 _STEP_TIMEOUT = 600  # seconds for one apt-get, of which a silent mirror gets 30 a connection
@@ -52,17 +58,24 @@ class Archive:
             raise LabError(f"apt-get download {name} left {len(found)} packages, not one")
         return found[0]
 
-    def resolve(self, metapackage: str, pattern: str) -> str:
-        """The package that `metapackage` depends on and whose name matches `pattern`: metapackages outlive versions."""
+    def fetch_newest(self, metapackage: str, pattern: str) -> Path:
+        """Download, of the packages whose names match `pattern`, the one that `metapackage` depends on: metapackages
+        outlive versions. Where a mirror lists that one before it has it, download the newest that it has."""
         self._open()
         output = self._run(["apt-cache", "depends", "--no-recommends", metapackage]).stdout
-        names: list[str] = re.findall(r"^\s*Depends: (\S+)$", output, re.MULTILINE)
-        matching = [name for name in names if re.fullmatch(pattern, name)]
+        wanted: list[str] = re.findall(r"^\s*Depends: (\S+)$", output, re.MULTILINE)
+        listed = sorted(self._run(["apt-cache", "pkgnames"]).stdout.split(), key=_release, reverse=True)
+        matching = [name for name in dict.fromkeys(wanted + listed) if re.fullmatch(pattern, name)]
         if not matching:
-            raise LabError(
-                f"{metapackage} of {SUITE}/{self._architecture} depends on {names}, none of which is {pattern}"
-            )
-        return matching[0]
+            raise LabError(f"{SUITE}/{self._architecture} has no package {pattern}; {metapackage} depends on {wanted}")
+        for name in matching:
+            try:
+                return self.fetch(name)
+            except LabError as error:
+                if name == matching[-1]:
+                    raise
+                self._report(f"{error}; trying an older one")
+        raise AssertionError("the last one returns or raises")
 
     def _open(self) -> None:
         """Write the configuration and fetch the package lists, from the first mirror that has them."""
@@ -94,11 +107,14 @@ class Archive:
         (root / "status").write_text("")
         signed = f" [signed-by={_KEYRING}]" if _KEYRING.exists() else ""
         (root / "sources.list").write_text(f"deb{signed} {mirror} {SUITE} main\n")
+        (root / "preferences").write_text("")
         self._configuration.write_text(
             f'Dir::Etc::main "{root}/empty/none";\n'
             f'Dir::Etc::parts "{root}/empty";\n'
             f'Dir::Etc::sourcelist "{root}/sources.list";\n'
             f'Dir::Etc::sourceparts "{root}/empty";\n'
+            f'Dir::Etc::preferences "{root}/preferences";\n'
+            f'Dir::Etc::preferencesparts "{root}/empty";\n'
             f'Dir::State::lists "{root}/lists";\n'
             f'Dir::State::status "{root}/status";\n'
             f'Dir::Cache "{root}/cache";\n'
@@ -125,9 +141,20 @@ class Archive:
             try:
                 self._run(["apt-get", "-q", "-y", *arguments], directory)
                 return
-            except LabError:
+            except LabError as error:
                 if attempt == _ATTEMPTS:
                     raise
+                self._rule_out(_MISSING.findall(str(error)))
+
+    def _rule_out(self, missing: Sequence[tuple[str, str]]) -> None:
+        """Have apt choose other versions than these. A file's name lacks the epoch of its version."""
+        preferences, sources = self._root / "preferences", self._root / "sources.list"
+        if missing and not preferences.read_text():
+            preferences.write_text(_pin("*", f"release n={SUITE}", 500) + _pin("*", "release o=*", -1))
+            sources.write_text(sources.read_text() + sources.read_text().replace(f" {SUITE} ", f" {_ALIAS} "))
+            self._run(["apt-get", "update"])
+        with preferences.open("a") as file:
+            file.writelines(_pin(name, f"version *{unquote(version)}", -1) for name, version in missing)
 
     def _run(self, command: list[str], directory: Path | None = None) -> subprocess.CompletedProcess[str]:
         try:
@@ -145,7 +172,7 @@ class Archive:
             raise LabError(f"{' '.join(command)}: no end after {_STEP_TIMEOUT} s") from error
         except subprocess.CalledProcessError as error:
             lines = [line for line in error.stderr.splitlines() if line.startswith(("E:", "W:"))] or ["no message"]
-            raise LabError(f"{' '.join(command[:4])} failed: " + "; ".join(lines[-4:])) from error
+            raise LabError(f"{' '.join(command[:4])} failed: " + "; ".join(lines)) from error
 
     @staticmethod
     def _clear(directory: Path) -> None:
@@ -159,6 +186,15 @@ def unpack(deb: Path, into: Path) -> None:
     result = subprocess.run(["dpkg-deb", "-x", deb, into], capture_output=True, text=True, check=False)
     if result.returncode:
         raise LabError(f"{deb.name} cannot be unpacked: {result.stderr.strip()}")
+
+
+def _pin(package: str, what: str, priority: int) -> str:
+    return f"Package: {package}\nPin: {what}\nPin-Priority: {priority}\n\n"
+
+
+def _release(name: str) -> list[int]:
+    """The numbers in a name: 6.12.117 is newer than 6.12.94."""
+    return [int(number) for number in re.findall(r"\d+", name)]
 
 
 def _passed_environment() -> dict[str, str]:
