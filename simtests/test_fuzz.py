@@ -26,7 +26,7 @@ from vfio.fake.backend import FakeBackend
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-TARGETS = ("powernv8", "powernv8-64k", "powernv9", "pseries")
+TARGETS = ("powernv8", "powernv8-64k", "powernv9", "pseries", "q35")
 CORPUS = Path(__file__).parent / "fuzz_corpus.jsonl"
 Made = tuple[str, dict[str, object]]  # a step: its kind, and its arguments
 OPENED: tuple[Made, ...] = (  # a container with a v2 IOMMU and the first device

@@ -152,11 +152,11 @@ class Arena:
                 return number, address - base
         return None
 
-    def known(self, address: int) -> bool:
+    def known(self, address: int, length: int = 1) -> bool:
         """Whether it is certain what is there: the range, hugetlb memory and what is around it, or nothing at all."""
         places = [(0, 1 << 16), (self._start, self._end), (1 << 62, 1 << 64)]
         places += [(memory.address, memory.address + memory.length) for memory in self._hugetlb]
-        return any(start <= address < end for start, end in places)
+        return any(start <= address and address + length <= end for start, end in places)
 
     def sound(self, address: int, length: int) -> bool:
         """Whether all of that range is one buffer's, present and writable."""

@@ -6,7 +6,7 @@ A record has, where they apply:
     errno     the name of the errno with which it failed
     out       bytes of the argument that changed, in hexadecimal, by offset
     data      what was read: hexadecimal, or its checksum
-    buffers   checksums of all buffers after a transfer
+    buffers   checksums of all buffers after a transfer, or after a call that may write a bitmap of dirty pages
     skipped   why the guard refused the step, which then did nothing
     raised    the name of an exception that no kernel would raise
     locked    locked memory afterwards, in KiB
@@ -24,7 +24,8 @@ from typing import Any
 
 from hwtests.fuzz.arena import Arena
 from hwtests.fuzz.facts import Facts
-from hwtests.fuzz.guard import ANYBODY, Guard, Kind
+from hwtests.fuzz.guard import Guard, Kind
+from hwtests.fuzz.guard_iommu import ANYBODY
 from hwtests.fuzz.program import Operand, Program, Step
 from vfio import uapi
 from vfio.backend import Backend, Mapping
@@ -78,6 +79,8 @@ class Executor:
         self._program = program
         self._arena = Arena(backend, facts.page_size, program.buffers)
         self._guard = Guard(facts, self._arena)
+        self._bitmaps = (14, 17) if facts.type1 else ()  # calls that write to where a field of their struct says
+        self._edu_order = facts.edu_order
         self._descriptors: dict[int, _Descriptor] = {}
         self._mappings: dict[int, _Mapped] = {}
         self._outputs: dict[int, dict[str, int]] = {}  # of a step: the fields of its struct afterwards
@@ -219,6 +222,8 @@ class Executor:
             self._guard.observe(descriptor.kind, n, image, value, 0 if record["ret"] == "fd" else result, after)
         if changed := _changes(image, after):
             record["out"] = changed
+        if descriptor.kind.name == "container" and n in self._bitmaps:
+            record["buffers"] = self._arena.checksums()
         self._keep(step, after)
         return record
 
@@ -258,6 +263,8 @@ class Executor:
             data += bytes.fromhex(tail)
         else:
             data += b"".join((self._value(each) & 0xFFFFFFFF).to_bytes(4, "little") for each in tail)
+        wide = args.get("wide", [])
+        data += b"".join((self._value(each) & 0xFFFFFFFF_FFFFFFFF).to_bytes(8, "little") for each in wide)
         return bytes(data)
 
     def _value(self, operand: Operand) -> int:
@@ -363,9 +370,9 @@ class Executor:
         if args.get("interrupt"):
             command |= 4
         for register, value in ((_SOURCE, source), (_DESTINATION, destination), (_COUNT, length), (_COMMAND, command)):
-            self._backend.pwrite(descriptor.fd, value.to_bytes(8, "big"), register)
+            self._backend.pwrite(descriptor.fd, value.to_bytes(8, self._edu_order), register)
         end = time.monotonic() + _DMA_TIME
-        while self._backend.pread(descriptor.fd, 4, _COMMAND)[3] & 1:
+        while int.from_bytes(self._backend.pread(descriptor.fd, 4, _COMMAND), self._edu_order) & 1:
             if time.monotonic() > end:
                 return {"ret": "busy", "buffers": self._arena.checksums()}
             time.sleep(0.001)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
+from vfio import uapi
 from vfio.topology import Topology
 
-HUGE_PAGES = {"powernv8-64k": (16 << 20, 2), "pseries": (2 << 20, 4), "pseries-64k": (2 << 20, 4)}
+HUGE_PAGES = {
+    "powernv8-64k": (16 << 20, 2),
+    "pseries": (2 << 20, 4),
+    "pseries-64k": (2 << 20, 4),
+    "q35": (2 << 20, 4),
+}
 """Targets with hugetlb pages: the size of one in bytes, and how many a program may have."""
 
 
@@ -42,6 +48,8 @@ class Facts:
     page_sizes: int
     """Mask of IOMMU page sizes."""
     levels: int
+    ranges: tuple[tuple[int, int], ...]
+    """Type1: first and last IOVA of what can be mapped; empty where there are windows instead."""
     endpoints: tuple[Endpoint, ...]
 
     @classmethod
@@ -62,6 +70,7 @@ class Facts:
             second_window=topology.iommu.second_window_start,
             page_sizes=topology.iommu.page_sizes,
             levels=topology.iommu.levels,
+            ranges=topology.iommu.ranges,
             endpoints=tuple(
                 Endpoint(
                     device.address,
@@ -76,7 +85,8 @@ class Facts:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Facts:
-        return cls(**{**data, "endpoints": tuple(Endpoint(**each) for each in data["endpoints"])})
+        endpoints = tuple(Endpoint(**each) for each in data["endpoints"])
+        return cls(**{**data, "endpoints": endpoints, "ranges": tuple(map(tuple, data["ranges"]))})
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -85,6 +95,35 @@ class Facts:
     def page_shifts(self) -> list[int]:
         """log2 of the IOMMU page sizes."""
         return [bit for bit in range(64) if self.page_sizes >> bit & 1]
+
+    @property
+    def type1(self) -> bool:
+        """Whether the IOMMU is Type1; if not, it is sPAPR TCE."""
+        return bool(self.ranges)
+
+    @property
+    def versions(self) -> tuple[int, int]:
+        """What SET_IOMMU takes for the first and the second version of the IOMMU."""
+        if self.type1:
+            return uapi.VFIO_TYPE1_IOMMU, uapi.VFIO_TYPE1v2_IOMMU
+        return uapi.VFIO_SPAPR_TCE_IOMMU, uapi.VFIO_SPAPR_TCE_v2_IOMMU
+
+    @property
+    def strange_types(self) -> tuple[int, int, int, int, int]:
+        """What else a program may ask SET_IOMMU for, in vain."""
+        return (0, 2, 7, 6, 99) if self.type1 else (0, 1, 3, 5, 99)
+
+    @property
+    def strange_iovas(self) -> tuple[int, int, int]:
+        """Bus addresses where there may be nothing."""
+        if self.type1:
+            return (0x100000, self.ranges[0][1] - 0x1FFF, self.ranges[-1][1] - 0xFFFF)
+        return (0x100000, self.window_size - 8192, self.second_window + 0x10000)
+
+    @property
+    def edu_order(self) -> Literal["little", "big"]:
+        """Byte order of edu's registers, which is that of the processor's first days."""
+        return "big" if self.platform in ("PowerNV", "pSeries") else "little"
 
     @property
     def bare_metal(self) -> bool:

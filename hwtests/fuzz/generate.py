@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from hwtests.fuzz.facts import Endpoint, Facts
 from hwtests.fuzz.generate_device import DeviceSteps
 from hwtests.fuzz.generate_iommu import IommuSteps
+from hwtests.fuzz.generate_spapr import SpaprSteps
+from hwtests.fuzz.generate_type1 import Type1Steps
 from hwtests.fuzz.picture import Container, Group, Picture
 from hwtests.fuzz.program import Buffer, Operand, Program
 
@@ -44,7 +46,7 @@ def generate(facts: Facts, seed: str, steps: int) -> Program:
     profile = rng.choice(PROFILES)
     picture = Picture(facts, rng, _buffers(facts, rng), _SPOILED.get(profile, _OFTEN_SPOILED))
     core = CoreSteps(picture)
-    iommu = IommuSteps(picture, core.progress)
+    iommu: IommuSteps = (Type1Steps if facts.type1 else SpaprSteps)(picture, core.progress)
     device = DeviceSteps(picture, core.progress, iommu.map)
     _prelude(picture, core, iommu, profile)
     weights = _WEIGHTS[profile]
@@ -77,7 +79,8 @@ def _prelude(picture: Picture, core: CoreSteps, iommu: IommuSteps, profile: str)
         lambda: core.open_group(picture.favourite),
         core.set_container,
     ]
-    version = {"v1": 2, "v2": 7}.get(profile, rng.choice((2, 7, 7)))
+    first, second = picture.facts.versions
+    version = {"v1": first, "v2": second}.get(profile, rng.choice((first, second, second)))
     acts.append(lambda: core.set_iommu(version))
     if profile != "core":
         acts += [lambda: core.get_device(0)] * (rng.random() < 0.8)
@@ -85,10 +88,7 @@ def _prelude(picture: Picture, core: CoreSteps, iommu: IommuSteps, profile: str)
         if rng.random() < 0.97:
             act()
     if profile != "core" and picture.containers:
-        usual: list[Callable[[Container], object]] = (
-            [iommu.enable] if version == 2 else [iommu.register] * rng.randint(0, 2)
-        )
-        for each in (*usual, *([iommu.map] * rng.randint(0, 2))):
+        for each in (*iommu.beginning(version), *([iommu.map] * rng.randint(0, 2))):
             each(picture.containers[0])
 
 
@@ -129,7 +129,8 @@ class CoreSteps:
             self.set_container()
         elif not any(each.container and each.container.version for each in picture.groups):
             joined = next(each.container for each in picture.groups if each.container)
-            self.set_iommu(picture.rng.choice((2, 7, 7)), joined)
+            first, second = picture.facts.versions
+            self.set_iommu(picture.rng.choice((first, second, second)), joined)
         elif any(each.container and each.container.version and self._own(each).opens_fast for each in picture.groups):
             self.get_device(0)
         else:
@@ -199,10 +200,12 @@ class CoreSteps:
         container = container or picture.container()
         if container is None:
             return self.open_container()
-        version = version or rng.choice((2, 7, 7, 7, 0, 1, 3, 5, 99, 1 << 32 | 7))
+        first, second = picture.facts.versions
+        version = version or rng.choice((first, second, second, second, *picture.facts.strange_types, 1 << 32 | second))
         picture.ioctl(picture.step_of(container), "VFIO_SET_IOMMU", value=version)
-        if picture.intact and container.groups and not container.version and version in (2, 7):
+        if picture.intact and container.groups and not container.version and version in (first, second):
             container.version = version
+            container.enabled = picture.facts.type1
         return None
 
     def check_extension(self) -> None:

@@ -314,11 +314,11 @@ class DeviceSteps:
             )
 
     def _iova(self, container: Container) -> int:
-        rng, facts = self._rng, self.picture.facts
+        rng = self._rng
         if container.enabled and rng.random() < 0.5:
             start, size = self._map_memory(container)
         elif container.mapped and rng.random() < 0.9:
             start, size = rng.choice(container.mapped)
         else:
-            return rng.choice((0x100000, facts.window_size - 8192, facts.second_window + 0x10000))
+            return rng.choice(self.picture.facts.strange_iovas)
         return start + rng.choice((0, 0, 8, size // 2, max(0, size - 2048)))

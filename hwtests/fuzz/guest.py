@@ -89,7 +89,7 @@ class Runner:
                     if now[at : at + 4] != before[at : at + 4]:
                         os.pwrite(file.fileno(), before[at : at + 4], at)
         for endpoint in self._edus:
-            setting.settle(self._backend, endpoint, memory)
+            setting.settle(self._backend, self._facts, endpoint, memory)
 
 
 def _provide(page_size: int, pages: int) -> None:

@@ -45,6 +45,15 @@ class Registration:
 
 
 @dataclass(eq=False)
+class Dma:
+    """What is mapped in a Type1 container."""
+
+    iova: int
+    size: int
+    vaddr: Operand
+
+
+@dataclass(eq=False)
 class Container(Holder):
     groups: list[Group] = field(default_factory=list)
     version: int = 0
@@ -54,12 +63,14 @@ class Container(Holder):
     registrations: list[Registration] = field(default_factory=list)
     mapped: list[tuple[int, int]] = field(default_factory=list)
     """IOVAs that were mapped at some time, and sizes."""
+    live: list[Dma] = field(default_factory=list)
 
     def reset(self) -> None:
         """The last group is gone, and the IOMMU with it."""
         self.version, self.enabled, self.default_pending = 0, False, True
         self.windows.clear()
         self.registrations.clear()
+        self.live.clear()
 
 
 @dataclass(eq=False)
@@ -110,11 +121,15 @@ class Picture:
         struct: dict[str, Operand] | None = None,
         *,
         tail: list[Operand] | str | None = None,
+        wide: list[Operand] | None = None,
         value: int | None = None,
         string: str | None = None,
         int_argument: Operand | None = None,
     ) -> int:
-        """Add an ioctl, sometimes spoiled: another descriptor, a bad pointer, a wrong size, flag or field."""
+        """Add an ioctl, sometimes spoiled: another descriptor, a bad pointer, a wrong size, flag or field.
+
+        Behind the struct come numbers of 32 bits or bytes (`tail`), or numbers of 64 bits (`wide`).
+        """
         rng = self.rng
         spoiled = rng.random() < self._spoiled
         self.intact = not spoiled
@@ -131,6 +146,8 @@ class Picture:
         elif int_argument is not None:
             args["int"] = int_argument
         else:
+            if wide:
+                args["wide"] = list(wide)
             self._struct(args, request, dict(struct or {}), tail, spoiled)
         return self.add("ioctl", **args)
 
@@ -149,6 +166,7 @@ class Picture:
         if tail:
             args["tail"] = tail
             length += len(tail) // 2 if isinstance(tail, str) else 4 * len(tail)
+        length += 8 * len(args.get("wide", ()))
         struct.setdefault("argsz", length)
         if spoil:
             self._spoil(args, struct, [each.name for each in uapi.fields(kind) if each.size], length)
@@ -176,8 +194,12 @@ class Picture:
                 args["by"] = "end"
                 args["cut"] = rng.choice((1, 4, 8, 12, 15, 16, 20, 24, 28, 31, 32, 36, 39, length - 1))
             case _:
-                name = rng.choice(names)
-                struct[name] = self.nearly(struct.get(name, 0))
+                wide = args.get("wide", [])
+                name = rng.choice([*names, *range(len(wide))])
+                if isinstance(name, int):
+                    wide[name] = self.nearly(wide[name])
+                else:
+                    struct[name] = self.nearly(struct.get(name, 0))
 
     def nearly(self, operand: Operand) -> Operand:
         """A value like `operand`, or nothing like it."""

@@ -107,6 +107,8 @@ def _ioctl(target: str, args: dict[str, Any]) -> str:
         fields = [f".{name} = {_field(request, name, value)}" for name, value in args["struct"].items()]
         if tail := args.get("tail"):
             fields.append(f"then {tail}" if isinstance(tail, str) else f"then {', '.join(map(_operand, tail))}")
+        if wide := args.get("wide"):
+            fields.append(f"then, 64 bits each, {', '.join(map(_operand, wide))}")
         shown = f"&{{{', '.join(fields)}}}"
     where = {"end": " /* before an unreadable page */", "readonly": " /* read-only */"}.get(str(how), "")
     if "cut" in args:

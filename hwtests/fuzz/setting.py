@@ -28,12 +28,12 @@ def bind(backend: Backend, facts: Facts) -> None:
         backend.write_text(f"{_DRIVERS}/vfio-pci/bind", endpoint.address)
 
 
-def settle(backend: Backend, endpoint: Endpoint, memory: bool) -> None:
+def settle(backend: Backend, facts: Facts, endpoint: Endpoint, memory: bool) -> None:
     """Give an edu the registers, and if need be the `memory`, that it has after power-on; it has no reset."""
     container = backend.open("/dev/vfio/vfio", os.O_RDWR)
     group = backend.open(f"/dev/vfio/{endpoint.group}", os.O_RDWR)
     backend.ioctl(group, uapi.VFIO_GROUP_SET_CONTAINER, bytearray(container.to_bytes(4, "little")))
-    backend.ioctl(container, uapi.VFIO_SET_IOMMU, uapi.VFIO_SPAPR_TCE_v2_IOMMU)
+    backend.ioctl(container, uapi.VFIO_SET_IOMMU, facts.versions[1])
     name = bytearray(endpoint.address.encode() + b"\0")
     device = backend.ioctl(group, uapi.VFIO_GROUP_GET_DEVICE_FD, name)
     try:
@@ -46,8 +46,8 @@ def settle(backend: Backend, endpoint: Endpoint, memory: bool) -> None:
             return
         # Nothing is mapped: the DMA reads zeros.
         for register, number in ((_SOURCE, 0), (_DESTINATION, _ENGINE), (_COUNT, _CAPACITY), (_COMMAND, 1)):
-            backend.pwrite(device, number.to_bytes(8, "big"), register)
-        while backend.pread(device, 4, _COMMAND)[3] & 1:
+            backend.pwrite(device, number.to_bytes(8, facts.edu_order), register)
+        while int.from_bytes(backend.pread(device, 4, _COMMAND), facts.edu_order) & 1:
             time.sleep(0.001)
         for register in (_SOURCE, _DESTINATION, _COUNT):
             backend.pwrite(device, bytes(8), register)
