@@ -10,8 +10,11 @@ if TYPE_CHECKING:
     from vfio import topology
     from vfio.fake.machine import Machine
 
+_PC_LINES = (10, 10, 11, 11)
+"""Of pin A of the slots of a q35, by slot modulo four: SeaBIOS's routing of the chipset's lines."""
 _FIRST_INTERRUPT = {"POWER8": 30, "POWER9": 38, "POWER10": 38}
-_IO_START = 0x1000
+_IO_START = {"PC": 0xC040}
+"""I/O ports, where that is not 0x1000."""
 
 
 class _Window(NamedTuple):
@@ -26,7 +29,7 @@ class _Window(NamedTuple):
 _WINDOWS = {
     "POWER8": (_Window(0x3FF8000000000, 0x80000000, 0x80000000), _Window(0x3D00000000000, 1 << 36, None)),
     "POWER9": (_Window(0x600C000000000, 0x80000000, 0x80000000), _Window(0x6000000000000, 1 << 38, None)),
-    "PC": (_Window(0xC0000000, 0x10000000, None), _Window(0x800000000, 1 << 36, None)),
+    "PC": (_Window(0xFE900000, 0x10000000, None), _Window(0x800000000, 1 << 36, None)),
     "pSeries": (_Window(0x200080000000, 0x80000000, 0x80000000), _Window(0x210000000000, 1 << 40, None)),
 }
 """Of each platform: the one below 4 GiB on the bus, and the one for 64-bit BARs, on powernv for prefetchable ones."""
@@ -47,7 +50,7 @@ def place_bars(machine: Machine, phb: topology.Phb) -> dict[str, dict[int, tuple
     places: dict[str, dict[int, tuple[int, int, bool]]] = {device.address: {} for device in phb.functions}
     bars = [(device.address, bar) for device in phb.functions for bar in devices.make_model(device).bars]
     used = [0, 0]
-    io = 0
+    first_port, io = _IO_START.get(platform.name, 0x1000), 0
     for address, bar in sorted(bars, key=lambda pair: -max(pair[1].size, least)):
         if not bar.io:
             align = max(bar.size, least)
@@ -60,13 +63,16 @@ def place_bars(machine: Machine, phb: topology.Phb) -> dict[str, dict[int, tuple
             places[address][bar.index] = start, bus_address, align > bar.size
         elif not powernv:
             io = -(-io // bar.size) * bar.size
-            places[address][bar.index] = _IO_START + io, _IO_START + io, False
+            places[address][bar.index] = first_port + io, first_port + io, False
             io += bar.size
     return places
 
 
 def interrupt_number(machine: Machine, address: str) -> int:
-    """A number of the host's for the line: one a slot, counted from what real hosts of the kind begin with."""
+    """A number of the host's for the line: of a PC what its firmware writes into INTERRUPT_LINE; elsewhere one a slot,
+    counted from what real hosts of the kind begin with."""
+    if machine.topology.platform.name == "PC":
+        return _PC_LINES[int(address.rpartition(":")[2].partition(".")[0], 16) % 4]
     slots = []
     for phb in machine.topology.phbs:
         for device in phb.devices:

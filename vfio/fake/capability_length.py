@@ -25,7 +25,6 @@ _EXT_FIXED = {
     0x13: 16,  # page request
     0x18: 8,  # latency tolerance
 }
-_ROOT_COMPLEX_ENDPOINT = 9
 
 
 def standard(pci: PciDevice, identity: int, at: int) -> int:
@@ -42,7 +41,7 @@ def standard(pci: PciDevice, identity: int, at: int) -> int:
         return read(2, 1)
     if identity == reg.CAP_EXPRESS:
         flags = read(reg.EXP_FLAGS, 2)
-        integrated = flags >> 4 & 0xF == _ROOT_COMPLEX_ENDPOINT
+        integrated = flags >> 4 & 0xF == reg.ROOT_COMPLEX_ENDPOINT
         if flags & 0xF == 1:
             return 12 if integrated else 20
         return 44 if integrated else 60

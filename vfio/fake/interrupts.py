@@ -54,6 +54,11 @@ class Interrupts:
     def msi_active(self) -> bool:
         return self.active == MSI
 
+    @property
+    def _vectors_can_be_added(self) -> bool:
+        """Whether MSI-X vectors can be allocated one by one, which no interrupt controller of POWER can."""
+        return self._pci.machine.topology.platform.name == "PC" and self.count(MSIX) > 0
+
     # --- what there is ---
 
     def count(self, index: int) -> int:
@@ -76,8 +81,7 @@ class Interrupts:
         info.flags = uapi.VFIO_IRQ_INFO_EVENTFD
         if info.index == INTX:
             info.flags |= uapi.VFIO_IRQ_INFO_MASKABLE | uapi.VFIO_IRQ_INFO_AUTOMASKED
-        else:
-            # No interrupt controller of POWER can allocate MSI-X vectors one by one.
+        elif info.index != MSIX or not self._vectors_can_be_added:
             info.flags |= uapi.VFIO_IRQ_INFO_NORESIZE
         argument.copy_out(bytes(uapi.buffer(info)))
         return 0
@@ -318,7 +322,7 @@ class Interrupts:
         self._clear_vector(vector)
         if fd < 0:
             return
-        if vector >= self._allocated:
+        if vector >= self._allocated and not (self.active == MSIX and self._vectors_can_be_added):
             raise fail(errno.EINVAL)
         eventfd = EventFd(process, fd)
         self._vectors[vector] = eventfd

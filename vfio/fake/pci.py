@@ -499,8 +499,14 @@ def make_device(device: topology.Device, machine: Machine, phb: topology.Phb) ->
         pci.enable_count, pci.power_state = 1, 0  # the kernel enables what has a bus below it
     elif platform.name == "PowerNV":
         pci.registers.set(reg.COMMAND, 2, reg.COMMAND_SERR)  # its firmware reports errors by SERR
+    elif platform.name == "PC":  # whose firmware turns on what there may be
+        pci.registers.set(reg.COMMAND, 2, reg.COMMAND_SERR | reg.COMMAND_MEMORY | reg.COMMAND_IO)
+        if (express := pci.registers.find(reg.CAP_EXPRESS)) and parent is None:
+            pci.registers.change(express + reg.EXP_FLAGS, 2, set_bits=reg.ROOT_COMPLEX_ENDPOINT << 4)
     if pci.registers.get(reg.INTERRUPT_PIN, 1) and not pci.is_bridge:
         pci.irq = bar_placement.interrupt_number(machine, device.address)
+        if platform.name == "PC":
+            pci.registers.set(reg.INTERRUPT_LINE, 1, pci.irq)
     pci.booted()
     return pci
 
