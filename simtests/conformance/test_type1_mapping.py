@@ -221,7 +221,7 @@ def test_dma_goes_where_it_is_mapped_and_no_further(program, v2, memory, member)
 
 
 @pytest.mark.needs_edu
-def test_mapping_for_reading_is_not_written_and_the_other_way_round(program, v2, memory, member):
+def test_mapping_for_reading_is_not_written_and_one_for_writing_can_be_read(program, v2, memory, member):
     memory.view[:16] = b"0123456789abcdef"
     engine = Engine(v2, member)
     assert v2.map(memory.address, IOVA, PAGE, READ) == 0
@@ -231,6 +231,10 @@ def test_mapping_for_reading_is_not_written_and_the_other_way_round(program, v2,
     assert bytes(memory.view[32:48]) == bytes(16)
     engine.store(IOVA + PAGE)
     assert bytes(memory.view[PAGE : PAGE + 16]) == b"0123456789abcdef"
+    memory.view[PAGE + 64 : PAGE + 80] = b"written, not red"
+    engine.load(IOVA + PAGE + 64)
+    engine.store(IOVA + PAGE + 128)
+    assert bytes(memory.view[PAGE + 128 : PAGE + 144]) == b"written, not red"
 
 
 @pytest.mark.needs_edu

@@ -7,6 +7,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
+from vfio import uapi
 from vfio.fake.kernel_error import fail
 from vfio.fake.table_group import TableGroup
 from vfio.fake.tce import Translation
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 class Mapping:
     """A mapping (struct vfio_dma)."""
 
-    __slots__ = ("access", "dirty", "invalid", "iova", "process", "size", "vaddr")
+    __slots__ = ("_reach", "access", "dirty", "invalid", "iova", "process", "size", "vaddr")
 
     def __init__(self, process: Process, iova: int, size: int, vaddr: int, access: int) -> None:
         self.process = process
@@ -31,6 +32,8 @@ class Mapping:
         self.vaddr = vaddr
         self.access = access
         """VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE."""
+        # What a device may write it may also read, in the lab's q35 with an Intel IOMMU.
+        self._reach = access | uapi.VFIO_DMA_MAP_FLAG_READ
         self.invalid = False
         """Whether `vaddr` is about to be replaced."""
         self.dirty = 0
@@ -51,7 +54,7 @@ class Mapping:
     def translate(self, address: int) -> Translation | None:
         """Where a device's access to an IOVA of the mapping goes."""
         offset = address - self.iova
-        return Translation(self.vaddr + offset, self.size - offset, self.access)
+        return Translation(self.vaddr + offset, self.size - offset, self._reach)
 
     def describe(self) -> dict[str, Any]:
         """As plain data."""
@@ -101,7 +104,6 @@ class Mappings:
 class Type1Group(TableGroup):
     """The group's place in a domain: without windows, and without any address before a container gives it some."""
 
-    write_includes_read = False
     domain: Type1 | None = None
 
     def get_table_size(self, page_shift: int, window_size: int, levels: int) -> int:
