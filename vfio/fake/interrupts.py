@@ -290,8 +290,9 @@ class Interrupts:
         if index == MSI:
             self.msi_queue_max = (vectors - 1).bit_length()
             pci.enable_msi(_MSI_ADDRESS, self.msi_queue_max)
-            if pci.has_xics:
-                # Nobody has asked for these interrupts yet.  An XICS keeps one for later; a XIVE drops them.
+            if pci.has_xics or self._pci.machine.topology.platform.name == "PC":
+                # Nobody has asked for these interrupts yet.  An XICS keeps one for later, and so does a PC that remaps
+                # interrupts; a XIVE drops them.
                 for vector in range(vectors):
                     pci.set_vector(vector, functools.partial(self._waiting.add, vector))
         else:

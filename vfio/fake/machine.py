@@ -47,6 +47,8 @@ class Machine:
         self.kernel = kernel
         self.strict = strict
         self.freezes = freezes and topology.platform.eeh
+        self.imitates_qemu = not freezes
+        """Whether devices and bridges are QEMU's, in what hardware does otherwise."""
         self.lock = threading.RLock()
         """Held during every call: the modelled kernel does one thing at a time."""
         self.changed = threading.Condition(self.lock)

@@ -73,6 +73,8 @@ def _boot(url: str) -> tuple[Machine, Options]:
     options = _options(url, query) if question else Options()
     try:
         described = topology.load(unquote(name))
+        if options.page_size not in (None, 4096) and described.platform.name == "PC":
+            raise _refused(url, "the pages of a PC have 4096 bytes")
         made = Machine(
             described,
             page_size=options.page_size or described.platform.page_size,

@@ -32,8 +32,8 @@ class Mapping:
         self.vaddr = vaddr
         self.access = access
         """VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE."""
-        # What a device may write it may also read, in the lab's q35 with an Intel IOMMU.
-        self._reach = access | uapi.VFIO_DMA_MAP_FLAG_READ
+        # An IOMMU lets no device read what it may only write; that of the lab's QEMU does.
+        self._reach = access | uapi.VFIO_DMA_MAP_FLAG_READ if process.machine.imitates_qemu else access
         self.invalid = False
         """Whether `vaddr` is about to be replaced."""
         self.dirty = 0
