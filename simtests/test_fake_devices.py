@@ -220,7 +220,7 @@ def test_edu_sees_only_the_address_bits_it_has() -> None:
 
 def test_edu_is_little_endian_on_machines_that_are_no_power() -> None:
     host = Host()
-    platform = replace(host.machine.topology.platform, name="x86")
+    platform = replace(host.machine.topology.platform, name="PC")
     host.machine.topology = replace(host.machine.topology, platform=platform)
     assert host.machine.device(EDU).model.bar_read(0, 0, 4) == 0x010000ED
 

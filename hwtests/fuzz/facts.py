@@ -123,7 +123,7 @@ class Facts:
     @property
     def edu_order(self) -> Literal["little", "big"]:
         """Byte order of edu's registers, which is that of the processor's first days."""
-        return "big" if self.platform in ("PowerNV", "pSeries") else "little"
+        return "little" if self.platform == "PC" else "big"
 
     @property
     def bare_metal(self) -> bool:

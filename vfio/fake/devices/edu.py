@@ -1,7 +1,7 @@
 """QEMU's educational device: a register that inverts, one that computes factorials, a DMA engine, interrupts.
 
 Specification: docs/specs/edu.rst of QEMU; answers were compared with QEMU 7.2's.  Its registers have the byte order of
-the machine's architecture, so they are big-endian on every POWER machine.  Transfers and factorials are done at once.
+the machine's architecture, so they are big-endian on every PowerPC.  Transfers and factorials are done at once.
 """
 
 from __future__ import annotations
@@ -120,5 +120,5 @@ class Edu(PciModel):
 
     def _ordered(self, value: int, width: int) -> int:
         """Between the register and the little-endian bus."""
-        order = "big" if self.pci.machine.topology.platform.name in ("PowerNV", "pSeries") else "little"
+        order = "little" if self.pci.machine.topology.platform.name == "PC" else "big"
         return int.from_bytes(value.to_bytes(width, "little"), order)  # type: ignore[arg-type]
