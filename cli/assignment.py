@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from vfio import assign, diagnose, sysfs
+from vfio import assign, owner, sysfs
 from vfio.plan import Plan
 
 from . import output
@@ -102,8 +102,8 @@ def _report(options: Options, changed: Plan, dry_run: bool) -> None:
         device = move.device
         click.echo(f"{device.address}: {device.driver or 'no driver'} -> {move.driver or 'no driver'}")
     for gift in changed.gifts:
-        owner = f"{diagnose.user_name(gift.after.uid)}:{diagnose.group_name(gift.after.gid)}"
-        click.echo(f"{sysfs.node(gift.after.group)}: belongs to {owner}, mode {gift.after.mode:04o}")
+        belongs_to = owner.named(gift.after.uid, gift.after.gid)
+        click.echo(f"{sysfs.node(gift.after.group)}: belongs to {belongs_to}, mode {gift.after.mode:04o}")
     if not changed.moves and not changed.gifts:
         click.echo("nothing to change")
 

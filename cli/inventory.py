@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from vfio import diagnose, errors, obstacles, owner, pciids, sysfs, usage
+from vfio import errors, obstacles, owner, pciids, sysfs, usage
 from vfio.backend import Backend, missing
 
 from . import opened, output
@@ -112,7 +112,7 @@ def show(options: Options, address: str, opens: bool) -> None:
         "group's devices": ", ".join(f"{member.address} ({_role(member)})" for member in members),
         "group's node": ""
         if node is None
-        else f"{node['path']}, {diagnose.user_name(node['uid'])}:{diagnose.group_name(node['gid'])} {node['mode']}",
+        else f"{node['path']}, {owner.named(node['uid'], node['gid'])} {node['mode']}",
         "VFIO device": device.vfio_dev or "",
     }
     output.record({name: text for name, text in fields.items() if text})

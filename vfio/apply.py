@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vfio import assign, changes, desired, diagnose, errors, journal, persist, plan, sysfs
+from vfio import assign, changes, desired, errors, journal, owner, persist, plan, sysfs
 from vfio.backend import Backend, default
 
 _NOT_THERE = "/dev/null"
@@ -238,8 +238,8 @@ def _rule(backend: Backend, target: plan.Target, node: plan.Access) -> persist.R
         module = driver
     elif driver != plan.NONE:
         module = sysfs.module_of(backend, driver) or driver
-    user = None if node.uid is None else diagnose.user_name(node.uid)
-    group = None if node.gid is None else diagnose.group_name(node.gid)
+    user = None if node.uid is None else owner.user_name(node.uid)
+    group = None if node.gid is None else owner.group_name(node.gid)
     return persist.Rule(
         device.address,
         driver,
@@ -261,8 +261,7 @@ def _moved(move: plan.Move) -> Record:
 
 
 def _node(state: journal.NodeState) -> dict[str, str]:
-    owner = f"{diagnose.user_name(state.uid)}:{diagnose.group_name(state.gid)}"
-    return {"owner": owner, "mode": f"{state.mode:04o}"}
+    return {"owner": owner.named(state.uid, state.gid), "mode": f"{state.mode:04o}"}
 
 
 def _file(text: str | None) -> dict[str, str] | None:

@@ -62,7 +62,7 @@ class Chown:
             raise _explained(backend, error, self) from error
 
     def shell(self) -> str:
-        return f"chown {diagnose.user_name(self.uid)}:{diagnose.group_name(self.gid)} {self.path}"
+        return f"chown {owner.named(self.uid, self.gid)} {self.path}"
 
 
 @dataclass(frozen=True)

@@ -3,38 +3,19 @@
 from __future__ import annotations
 
 import errno
-import grp
-import os
-import pwd
 
-from vfio import errors, sysfs
+from vfio import errors, owner, sysfs
 from vfio.backend import Backend, missing
 
 _FIRST_GOOD = (6, 4)
-
-
-def user_name(uid: int) -> str:
-    """The name of a user, or the number where it has none."""
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
-
-
-def group_name(gid: int) -> str:
-    """The name of a group of users, or the number where it has none."""
-    try:
-        return grp.getgrgid(gid).gr_name
-    except KeyError:
-        return str(gid)
 
 
 def open_error(backend: Backend, path: str, error: OSError) -> errors.VfioError:
     """Why `path` under /dev/vfio could not be opened."""
     if error.errno in (errno.EACCES, errno.EPERM):
         status = backend.stat(path)
-        owner = f"{user_name(status.uid)}:{group_name(status.gid)}"
-        return errors.AccessDenied(path, owner, status.mode, user_name(os.geteuid()), error.errno)
+        belongs_to = owner.named(status.uid, status.gid)
+        return errors.AccessDenied(path, belongs_to, status.mode, owner.user_name(owner.me(backend).uid), error.errno)
     if missing(error):
         return errors.NoVfio(path, error.errno or errno.ENOENT)
     return errors.CallFailed(error.errno or errno.EIO, f"cannot open {path}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 
-from vfio import desired, diagnose, journal, pciids, persist, plan, sysfs
+from vfio import desired, journal, owner, pciids, persist, plan, sysfs
 from vfio.backend import Backend, default
 
 _HEADER = "# The assignments of this host, as a plan.  To have them again: vfio apply THIS-FILE"
@@ -65,7 +65,7 @@ def _entry(backend: Backend, device: sysfs.PciDevice, persistent: persist.Persis
     """A device as it is now.  Where a reboot would make it something else, the plan leaves that as it is."""
     driver = device.driver or plan.NONE
     node = plan.node_state(backend, device.group) if device.group is not None and "vfio" in driver else None
-    user, group = (None, None) if node is None else (diagnose.user_name(node.uid), diagnose.group_name(node.gid))
+    user, group = (None, None) if node is None else (owner.user_name(node.uid), owner.group_name(node.gid))
     mode = None if node is None else node.mode
     rule = persistent.rules.get(device.address)
     keeps: bool | None = False

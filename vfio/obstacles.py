@@ -63,5 +63,5 @@ def _denied(backend: Backend, node: str) -> errors.AccessDenied | None:
         bits = status.mode
     if me.uid == 0 or bits & 0o6 == 0o6:
         return None
-    belongs_to = f"{diagnose.user_name(status.uid)}:{diagnose.group_name(status.gid)}"
-    return errors.AccessDenied(node, belongs_to, status.mode, diagnose.user_name(me.uid))
+    belongs_to = owner.named(status.uid, status.gid)
+    return errors.AccessDenied(node, belongs_to, status.mode, owner.user_name(me.uid))

@@ -6,10 +6,31 @@ import grp
 import pwd
 from typing import NamedTuple
 
-from vfio import diagnose, errors
+from vfio import errors
 from vfio.backend import Backend
 
 _HIGHEST = (1 << 32) - 2  # the highest number means "no change"
+
+
+def user_name(uid: int) -> str:
+    """The name of a user, or the number where it has none."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def group_name(gid: int) -> str:
+    """The name of a group of users, or the number where it has none."""
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)
+
+
+def named(uid: int, gid: int) -> str:
+    """``user:group``, by name where they have one."""
+    return f"{user_name(uid)}:{group_name(gid)}"
 
 
 class Owner(NamedTuple):
@@ -33,7 +54,7 @@ class Identity(NamedTuple):
     groups: tuple[int, ...]
 
     def __str__(self) -> str:
-        name = diagnose.user_name(self.uid)
+        name = user_name(self.uid)
         return f"uid {self.uid}" if name == str(self.uid) else f"{name} (uid {self.uid})"
 
 

@@ -11,7 +11,7 @@ from ansible.module_utils.basic import AnsibleModule, missing_required_lib
 try:
     from vfio_cli import output
 
-    from vfio import apply, backend, desired, diagnose, errors, persist, plan, sysfs, topology_table, usage
+    from vfio import apply, backend, desired, errors, owner, persist, plan, sysfs, topology_table, usage
 
     NOT_IMPORTED = None
 except ImportError:
@@ -22,9 +22,9 @@ __all__ = [
     "backend",
     "chosen_backend",
     "desired",
-    "diagnose",
     "errors",
     "fail",
+    "owner",
     "persist",
     "plan",
     "require",

@@ -232,7 +232,7 @@ def _node(backend: Any, group: int) -> dict[str, str] | None:
         return None
     return {
         "path": library.sysfs.node(group),
-        "owner": f"{library.diagnose.user_name(state.uid)}:{library.diagnose.group_name(state.gid)}",
+        "owner": library.owner.named(state.uid, state.gid),
         "mode": f"{state.mode:04o}",
     }
 
