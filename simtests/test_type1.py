@@ -1,6 +1,7 @@
 """Type1 in the fake: what the conformance cases cannot reach on the lab's machine."""
 
 import errno
+from dataclasses import replace
 
 import pytest
 
@@ -8,7 +9,9 @@ import vfio
 from simtests.conformance.raw import Member, Program
 from simtests.conformance.type1_calls import ALL, MAP_VADDR, NESTING, PAGE, TYPE1_V2, VADDR, available, unmap
 from vfio import errors
+from vfio.drivers.edu import Edu
 from vfio.fake.type1 import Type1
+from vfio.iommu.dirty import DirtyPages
 
 ADDRESS, GROUP = "0000:00:04.0", 1
 
@@ -53,6 +56,142 @@ def test_limit_of_mappings_is_told_with_the_parameter_that_raises_it(monkeypatch
             device.iommu.map(buffer)
         assert caught.value.errno == errno.ENOSPC
         assert device.iommu.mapped == []
+
+
+@pytest.fixture
+def iommu(backend):
+    with vfio.open_device(ADDRESS, backend) as device:
+        yield device.iommu
+
+
+@pytest.fixture
+def buffers(backend):
+    made = [vfio.DmaBuffer(4 * PAGE, backend=backend) for _ in range(2)]
+    yield made
+    for buffer in made:
+        buffer.close()
+
+
+# --- Mappings that are gone ---
+
+
+@pytest.mark.parametrize("call", ["suspend_addresses", "unmap_dirty", "new_address"])
+def test_mapping_that_is_closed_never_stands_for_the_next_one_at_its_iova(iommu, buffers, call):
+    first, second = buffers
+    closed = iommu.map(first, PAGE)
+    closed.close()
+    for following in range(2):  # with nothing there, and with another mapping
+        if following:
+            live = iommu.map(second, PAGE)
+        with iommu.tracking(), pytest.raises(errors.Closed, match="mapping"):
+            getattr(iommu, call)(*((closed, first) if call == "new_address" else (closed,)))
+    assert iommu.mapped == [live]
+    assert second.dma is live
+    live.close()
+
+
+def test_new_address_of_a_mapping_that_is_not_suspended_says_so(iommu, buffers):
+    with iommu.map(buffers[0]) as dma:
+        with pytest.raises(errors.CallFailed, match=r"the mapping is not suspended[^@]*suspend_addresses") as caught:
+            iommu.new_address(dma, buffers[0])
+        assert caught.value.errno == errno.EINVAL
+
+
+@pytest.mark.parametrize(("iova", "length"), [(0, 0), (-PAGE, PAGE), (0, 1 << 64 | PAGE), ((1 << 64) - PAGE, 2 * PAGE)])
+@pytest.mark.parametrize("call", ["unmap_range", "dirty_pages"])
+def test_what_is_no_range_raises_einval_before_any_call(iommu, call, iova, length):
+    with pytest.raises(errors.CallFailed, match="at least one page, and is below") as caught:
+        getattr(iommu, call)(iova, length)
+    assert caught.value.errno == errno.EINVAL
+
+
+# --- What devices reach ---
+
+
+@pytest.mark.parametrize(("url", "read"), [("fake:x86", bytes(4)), ("fake:x86?freeze=0", b"data")])
+def test_device_reads_what_it_may_only_write_where_qemu_is_imitated_alone(url, read):
+    backend = booted(url)
+    with vfio.DmaBuffer(2 * PAGE, backend=backend) as buffer, vfio.open_device(ADDRESS, backend) as device:
+        edu = Edu(device)
+        written = device.iommu.map(buffer, read=False)
+        buffer[:4] = b"data"
+        edu.load(written.iova, 4)
+        edu.store(written.iova + PAGE, 4)
+        assert buffer[PAGE : PAGE + 4] == read
+    assert backend.leaks() == []
+
+
+# --- Where there is room ---
+
+
+def narrow(backend, *ranges):
+    """From now on, this is what can be mapped."""
+    machine = backend.machine
+    machine.topology = replace(machine.topology, iommu=replace(machine.topology.iommu, ranges=ranges))
+
+
+def test_allocation_follows_the_ranges_as_groups_come_and_go(backend, iommu, buffers):
+    backend.write_text("/sys/bus/pci/devices/0000:00:05.0/driver_override", "vfio-pci\n")
+    backend.write_text("/sys/bus/pci/drivers/vfio-pci/bind", "0000:00:05.0")
+    wide = backend.machine.topology.iommu.ranges
+    low = iommu.map(buffers[0], 0x10000)
+    with vfio.Group(2, backend) as group:
+        narrow(backend, (0x10000, 0x1FFFF))
+        iommu.container.attach(group)
+        with iommu.map(buffers[1]) as dma:
+            assert dma.iova == 0x14000
+        with pytest.raises(errors.CallFailed, match=r"in none of the ranges 0x10000\.\.0x1ffff"):
+            iommu.map(buffers[1], PAGE)
+        narrow(backend, *wide)
+        iommu.container.detach(group)
+    with iommu.map(buffers[1]) as dma:
+        assert dma.iova == PAGE
+    low.close()
+
+
+def test_large_pages_are_mapped_at_multiples_of_themselves(iommu, backend):
+    with vfio.DmaBuffer(4 << 20, 2 << 20, backend) as large, iommu.map(large) as dma:
+        assert dma.iova == 2 << 20
+
+
+def test_explicit_iova_costs_one_call(iommu, backend, buffers):
+    before = backend.machine.hooks.calls["VFIO_IOMMU_GET_INFO"]
+    iommu.map(buffers[0], PAGE).close()
+    assert backend.machine.hooks.calls["VFIO_IOMMU_GET_INFO"] == before
+
+
+# --- Groups that cannot come in ---
+
+
+@pytest.mark.parametrize(
+    ("number", "why"),
+    [
+        (errno.EBUSY, "memory of a mapping is about to move"),
+        (errno.EINVAL, "reserved for the group's devices"),
+        (errno.EPERM, "sending each other's interrupts"),
+    ],
+)
+def test_group_that_the_iommu_refuses_is_told_why(backend, iommu, number, why):
+    backend.write_text("/sys/bus/pci/devices/0000:00:05.0/driver_override", "vfio-pci\n")
+    backend.write_text("/sys/bus/pci/drivers/vfio-pci/bind", "0000:00:05.0")
+    backend.machine.hooks.fail("VFIO_GROUP_SET_CONTAINER", number)
+    with vfio.Group(2, backend) as group, pytest.raises(errors.CallFailed, match=why) as caught:
+        iommu.container.attach(group)
+    assert caught.value.errno == number
+
+
+# --- Dirty pages ---
+
+
+def test_bits_beyond_the_range_are_no_pages():
+    found = DirtyPages(0x10000, 10 * PAGE, PAGE, b"\xff" * 8)
+    assert found.count == len(list(found.pages)) == 10
+    found = DirtyPages(0x10000, 20 * PAGE, PAGE, bytes([1, 0, 0x88]) + bytes(5))
+    assert list(found.pages) == [0x10000, 0x10000 + 19 * PAGE]
+    assert found.count == 2
+
+
+# --- Limits ---
 
 
 def test_locked_memory_limit_names_the_numbers():

@@ -76,8 +76,9 @@ class Container(Closing):
         """Put `group` into this container (VFIO_GROUP_SET_CONTAINER).  It takes the group's DMA from the host.
 
         Raises `errors.GroupNotViable`, or `errors.CallFailed` with EBUSY where the IOMMU model takes one group only
-        (sPAPR v1), EPERM where its windows cannot be shared (pseries once a window exists), EINVAL for a group that
-        has a container.
+        (sPAPR v1) or memory is about to move (Type1), EPERM where its windows cannot be shared (pseries once a window
+        exists) or only one of the groups has an IOMMU, EINVAL for a group that has a container, or for which what is
+        mapped is reserved (Type1).
         """
         with self.lock:
             argument = bytearray(self.fd.to_bytes(4, sys.byteorder))
@@ -87,6 +88,8 @@ class Container(Closing):
                 raise self._attach_error(group, error) from error
             group.container = self
             self.groups.append(group)
+            if self.iommu:
+                self.iommu.joined()
 
     def detach(self, group: Group) -> None:
         """Take `group` out again (VFIO_GROUP_UNSET_CONTAINER).
@@ -192,20 +195,12 @@ class Container(Closing):
                 return errors.GroupNotViable(group.number, blockers)
             if too_old := diagnose.broken_on_power(self.backend):
                 return errors.KernelTooOld(number, what, too_old)
-            if self.iommu:
-                return errors.CallFailed(
-                    number,
-                    what,
-                    "its windows cannot be shared with the groups that are in",
-                    "use a container of its own",
-                )
-        if number == errno.EBUSY and self.iommu and self.groups:
-            return errors.CallFailed(
-                number, what, f"{self.iommu.name} takes one group a container", "use a container of its own"
-            )
+            if any(other.unprotected != group.unprotected for other in self.groups):
+                why = "groups with an IOMMU and groups without one cannot be in one container"
+                return errors.CallFailed(number, what, why, "use a container of its own")
         if number == errno.EINVAL and group.container is not None:
             return errors.CallFailed(number, what, "it is in a container already", "detach it there first")
-        return errors.CallFailed(number, what)
+        return errors.CallFailed(number, what, *(self.iommu.explain_attach(error) if self.iommu else ()))
 
     def __repr__(self) -> str:
         numbers = ", ".join(str(group.number) for group in self.groups)

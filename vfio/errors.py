@@ -378,14 +378,16 @@ class StillMapped(VfioError):
 
 
 class NoSpace(VfioError):
-    """The window has no free range of this length."""
+    """There is no free range of this length."""
 
-    def __init__(self, what: str, length: int, largest: int) -> None:
+    def __init__(
+        self, what: str, length: int, largest: int, remedy: str = "unmap something, or create a larger window"
+    ) -> None:
         super().__init__(
             E.ENOSPC,
             what,
             f"the largest free range is {size(largest)} and {size(length)} are needed",
-            "unmap something, or create a larger window",
+            remedy,
         )
 
 

@@ -25,12 +25,17 @@ class DirtyPages:
     @property
     def pages(self) -> Iterator[int]:
         """The IOVA of every page that is dirty."""
-        return (iova for iova in range(self.iova, self.iova + self.length, self.page_size) if iova in self)
+        for at, byte in enumerate(self.bitmap):
+            if byte:  # of a sparse bitmap only few are looked at more closely
+                for page in range(8 * at, min(8 * at + 8, self.length // self.page_size)):
+                    if byte >> page % 8 & 1:
+                        yield self.iova + page * self.page_size
 
     @property
     def count(self) -> int:
         """How many pages are dirty."""
-        return sum(1 for _ in self.pages)
+        pages = (1 << self.length // self.page_size) - 1
+        return (int.from_bytes(self.bitmap, "little") & pages).bit_count()
 
 
 def bitmap_bytes(length: int, page_size: int) -> int:

@@ -34,6 +34,10 @@ class Iommu(ABC):
         """Why SET_IOMMU refused this model, and what to do."""
         return "", ""
 
+    def explain_attach(self, error: OSError) -> tuple[str, str]:
+        """Why no further group could be attached to the container with this IOMMU, and what to do."""
+        return "", ""
+
     @abstractmethod
     def map(self, memory: DmaMemory, iova: int | None = None, *, read: bool = True, write: bool = True) -> Dma:
         """Let devices reach `memory`, at `iova` or wherever there is room.
@@ -41,6 +45,10 @@ class Iommu(ABC):
         `read` and `write` are the device's rights.  All sizes and addresses are in bytes and multiples of the IOMMU's
         page.  Closing what is returned unmaps.
         """
+
+    def joined(self) -> None:
+        """A further group has been attached."""
+        return
 
     @abstractmethod
     def check_detach(self) -> None:

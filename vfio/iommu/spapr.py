@@ -46,6 +46,13 @@ class SpaprInfo(NamedTuple):
 class Spapr(Iommu):
     """What both versions share: the windows, and what is mapped in them."""
 
+    def explain_attach(self, error: OSError) -> tuple[str, str]:
+        why = {
+            errno.EPERM: "its windows cannot be shared with the groups that are in",
+            errno.EBUSY: f"{self.name} takes one group a container",
+        }.get(error.errno or 0, "")
+        return why, "use a container of its own" if why else ""
+
     def __init__(self, container: Container) -> None:
         super().__init__(container)
         found = uapi.vfio_iommu_spapr_tce_info()

@@ -54,12 +54,9 @@ class Type1(Iommu):
 
     def __init__(self, container: Container) -> None:
         super().__init__(container)
-        found = self.info
-        self.page_size = found.page_sizes[0]
-        """The smallest page of the IOMMU, bytes."""
-        self._free = IovaAllocator.of_ranges((start, end + 1) for start, end in found.ranges)
         self._live: dict[int, Dma] = {}
         self._slots: dict[int, Type1Slot] = {}
+        self._look()
 
     @classmethod
     def explain_refusal(cls, container: Container, error: OSError) -> tuple[str, str]:
@@ -72,7 +69,26 @@ class Type1(Iommu):
             )
         return "", ""
 
+    def explain_attach(self, error: OSError) -> tuple[str, str]:
+        own = "use a container of its own"
+        why = {
+            errno.EBUSY: ("the memory of a mapping is about to move", "tell its new_address first"),
+            errno.EINVAL: ("what is mapped is at addresses that are reserved for the group's devices", own),
+            errno.EPERM: self.explain_refusal(self.container, error),
+        }
+        return why.get(error.errno or 0, ("", ""))
+
     # --- what there is ---
+
+    def _look(self) -> None:
+        """See what can be mapped now: every group that comes or goes may change that."""
+        found = self.info
+        self._page_sizes, self._ranges = found.page_sizes, found.ranges
+        self.page_size = found.page_sizes[0]
+        """The smallest page of the IOMMU, bytes."""
+        self._free = IovaAllocator.of_ranges((start, end + 1) for start, end in found.ranges)
+        for dma in self._live.values():
+            self._free.reserve(dma.iova, dma.length)
 
     @property
     def iommu(self) -> Type1:
@@ -121,7 +137,7 @@ class Type1(Iommu):
             values = f"address {address:#x}, length {length:#x}" + ("" if iova is None else f", IOVA {iova:#x}")
             raise errors.Misaligned("cannot map", values, self.page_size, "the IOMMU's pages")
         with self.lock:
-            start = self._reserve(length, iova)
+            start = self._reserve(memory, iova)
             slot = Type1Slot(self, start, address, length, (_READ if read else 0) | (_WRITE if write else 0))
             try:
                 slot.map_again()
@@ -142,9 +158,10 @@ class Type1(Iommu):
     def unmap_range(self, iova: int, length: int) -> int:
         """Unmap all that is mapped in a range; how many bytes that were.
 
-        Raises `errors.CallFailed` with EINVAL where the range cuts a mapping (version 2), or is no multiple of pages.
+        Raises `errors.CallFailed` with EINVAL where the range cuts a mapping (version 2), `errors.Misaligned`.
         Version 1 unmaps all of a mapping whose first byte is in the range, unless the range begins inside another.
         """
+        self._check_range(iova, length, f"cannot unmap IOVA {errors.span(iova, length)}")
         with self.lock:
             done = self._unmap(iova, length)
             if done:
@@ -173,22 +190,23 @@ class Type1(Iommu):
         with self.lock:
             if dma is None:
                 return self._unmap(0, 0, flags | uapi.VFIO_DMA_UNMAP_FLAG_ALL)
+            self._check_own(dma)
             return self._unmap(dma.iova, dma.length, flags)
 
     def new_address(self, dma: Dma, memory: DmaMemory) -> None:
         """The memory of `dma`, which was suspended, is at the address of `memory` now: the same pages, as in another
         mapping of the same file.
 
-        It is charged to the process that says so.  Raises `errors.CallFailed`: EINVAL for a mapping that is not
-        suspended, ENOENT for one that is gone; `errors.LockedMemoryLimit`.
+        It is charged to the process that says so.  Raises `errors.CallFailed` with EINVAL for a mapping that is not
+        suspended, `errors.Closed` for one that is gone, `errors.LockedMemoryLimit`.
         """
         if memory.length != dma.length:
             raise ValueError(f"{memory.length} bytes cannot take the place of {dma.length}")
         with self.lock:
+            self._check_own(dma)
             slot = Type1Slot(self, dma.iova, memory.address, dma.length, uapi.VFIO_DMA_MAP_FLAG_VADDR)
             slot.map_again()
-            if dma.iova in self._slots:
-                self._slots[dma.iova].moved(memory.address)
+            self._slots[dma.iova].moved(memory.address)
             dma.memory.dma, dma.memory, memory.dma = None, memory, dma
 
     # --- dirty pages ---
@@ -217,6 +235,7 @@ class Type1(Iommu):
         while nothing is tracked, or where the range cuts a mapping.
         """
         what = f"cannot get the dirty pages of IOVA {errors.span(iova, length)}"
+        self._check_range(iova, length, what)
         with self._bitmap(length, what) as bitmap:
             asked = struct.pack(
                 "=2Q3Q", iova, length, self.page_size, bitmap_bytes(length, self.page_size), bitmap.address
@@ -230,9 +249,13 @@ class Type1(Iommu):
             return self._dirty_pages(iova, length, bitmap)
 
     def unmap_dirty(self, dma: Dma) -> DirtyPages:
-        """Unmap, and tell which of its pages may have been written since that was last asked."""
+        """Unmap, and tell which of its pages may have been written since that was last asked.
+
+        Raises `errors.CallFailed` with EINVAL while nothing is tracked, `errors.Closed` for a mapping that is gone.
+        """
         what = f"cannot unmap IOVA {errors.span(dma.iova, dma.length)}"
         with self.lock:
+            self._check_own(dma)
             iova, length = dma.iova, dma.length
             with self._bitmap(length, what) as bitmap:
                 asked = struct.pack("=3Q", self.page_size, bitmap_bytes(length, self.page_size), bitmap.address)
@@ -252,8 +275,12 @@ class Type1(Iommu):
     def check_detach(self) -> None:
         """What is mapped stays for the groups that stay."""
 
+    def joined(self) -> None:
+        self._look()
+
     def remap(self) -> None:
-        """Nothing was emptied."""
+        """Nothing was emptied, but more may be free."""
+        self._look()
 
     def gone(self) -> None:
         for dma in self.mapped:
@@ -266,16 +293,30 @@ class Type1(Iommu):
 
     # --- how ---
 
-    def _reserve(self, length: int, iova: int | None) -> int:
+    def _check_own(self, dma: Dma) -> None:
+        if self._live.get(dma.iova) is not dma:
+            raise errors.Closed("mapping")
+
+    def _check_range(self, iova: int, length: int, what: str) -> None:
+        if iova < 0 or length <= 0 or iova + length > 1 << 64:
+            raise errors.CallFailed(errno.EINVAL, what, "a range has at least one page, and is below 2**64")
+        if (iova | length) % self.page_size:
+            values = f"IOVA {iova:#x}, length {length:#x}"
+            raise errors.Misaligned(what, values, self.page_size, "the IOMMU's pages")
+
+    def _reserve(self, memory: DmaMemory, iova: int | None) -> int:
+        length = memory.length
         what = f"cannot map {errors.size(length)}"
         if iova is None:
-            found = self._free.allocate(length, self.page_size)
-            if found is None:
-                raise errors.NoSpace(what, length, self._free.largest)
-            return found
-        ranges = self.info.ranges
-        if not any(start <= iova and iova + length - 1 <= end for start, end in ranges):
-            shown = ", ".join(f"{start:#x}..{end:#x}" for start, end in ranges)
+            # At a multiple of the memory's own page the IOMMU can have large pages too.
+            own = memory.page_size if isinstance(memory, DmaBuffer) else self.page_size
+            fitting = [page for page in self._page_sizes if page <= min(own, length)]
+            for alignment in dict.fromkeys((*fitting[-1:], self.page_size)):
+                if (found := self._free.allocate(length, alignment)) is not None:
+                    return found
+            raise errors.NoSpace(what, length, self._free.largest, "unmap something")
+        if not any(start <= iova and iova + length - 1 <= end for start, end in self._ranges):
+            shown = ", ".join(f"{start:#x}..{end:#x}" for start, end in self._ranges)
             raise errors.CallFailed(
                 errno.EINVAL,
                 what,
@@ -293,19 +334,18 @@ class Type1(Iommu):
 
     def _unmap(self, iova: int, length: int, flags: int = 0) -> int:
         argument = uapi.vfio_iommu_type1_dma_unmap(iova=iova, size=length, flags=flags)
-        what = "cannot unmap everything" if not length else f"cannot unmap IOVA {errors.span(iova, length)}"
-        rule = f"it cuts a mapping, is suspended already, or is no multiple of {errors.size(self.page_size)}"
+        if flags & uapi.VFIO_DMA_UNMAP_FLAG_VADDR:
+            what, rule = "cannot suspend", "it is suspended already"
+        else:
+            what, rule = "cannot unmap", "it cuts a mapping"
+        what += " everything" if flags & uapi.VFIO_DMA_UNMAP_FLAG_ALL else f" IOVA {errors.span(iova, length)}"
         self._call(uapi.VFIO_IOMMU_UNMAP_DMA, argument, what, rule)
         return argument.size
 
     def _bitmap(self, length: int, what: str) -> DmaBuffer:
         """Memory for a bitmap, which the kernel fills by its address."""
-        if length <= 0 or length % self.page_size or bitmap_bytes(length, self.page_size) > _LARGEST_BITMAP:
-            raise errors.CallFailed(
-                errno.EINVAL,
-                what,
-                f"{length:#x} bytes are no whole pages of {errors.size(self.page_size)}, or more than a bitmap can tell",
-            )
+        if bitmap_bytes(length, self.page_size) > _LARGEST_BITMAP:
+            raise errors.CallFailed(errno.EINVAL, what, f"{errors.size(length)} are more than one bitmap can tell")
         return DmaBuffer(bitmap_bytes(length, self.page_size), backend=self.backend)
 
     def _dirty_pages(self, iova: int, length: int, bitmap: DmaBuffer) -> DirtyPages:
@@ -322,8 +362,8 @@ class Type1(Iommu):
             why = {errno.EINVAL: rule, errno.EACCES: "version 1 does not track dirty pages"}
             raise errors.CallFailed(error.errno or errno.EIO, what, why.get(error.errno or 0, "")) from error
 
-    def map_error(self, error: OSError, address: int, iova: int, length: int) -> errors.VfioError:
-        """What a failed MAP means."""
+    def map_error(self, error: OSError, address: int, iova: int, length: int, moves: bool) -> errors.VfioError:
+        """What a failed MAP means; `moves`: of memory that has another address now."""
         what = f"cannot map {errors.size(length)} at {address:#x} to IOVA {iova:#x}"
         number = error.errno or errno.EIO
         if number == errno.EEXIST:
@@ -340,8 +380,9 @@ class Type1(Iommu):
                 "modprobe vfio_iommu_type1 dma_entry_limit=N",
             ),
             errno.EINVAL: ("the kernel does not take this range", "iommu.info.ranges are those that it takes"),
-            errno.ENOENT: ("nothing is mapped there", ""),
         }
+        if moves:
+            why = {errno.EINVAL: ("the mapping is not suspended", "suspend_addresses(dma), before the memory moves")}
         return errors.CallFailed(number, what, *why.get(number, ("", "")))
 
 
@@ -370,7 +411,8 @@ class Type1Slot:
         try:
             self._call()
         except OSError as error:
-            raise self._iommu.map_error(error, self._argument.vaddr, self.iova, self.length) from error
+            moves = bool(self._argument.flags & uapi.VFIO_DMA_MAP_FLAG_VADDR)
+            raise self._iommu.map_error(error, self._argument.vaddr, self.iova, self.length, moves) from error
 
     def moved(self, address: int) -> None:
         self._argument.vaddr = address
