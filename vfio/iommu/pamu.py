@@ -47,6 +47,8 @@ The example of that mail is a guest of 256 MiB in pages of 64 MiB, and three MSI
 from __future__ import annotations
 
 import errno
+from struct import Struct
+from struct import error as StructError
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, cast
 
 from vfio import errors
@@ -126,6 +128,8 @@ class Pamu(Iommu):
         super().__init__(container)
         self._dmas: list[Dma] = []
         self._banks: list[MsiBank] = []
+        self._shaped = False
+        """Whether the aperture was set."""
         self._settle(self.geometry, self.window_count, ready=False)
 
     @classmethod
@@ -152,7 +156,8 @@ class Pamu(Iommu):
             if found.start < 0 or found.size < _SMALLEST or found.size.bit_count() != 1 or found.start % found.size:
                 why = "its size must be a power of two, at least 4 KiB, and its start a multiple of the size"
                 raise PamuError(errno.EINVAL, what, why)
-            self._set(abi.ATTR_GEOMETRY, abi.GEOMETRY.pack(*found), what)
+            self._set(abi.ATTR_GEOMETRY, abi.GEOMETRY, found, what, "the hardware has no such bus addresses")
+            self._shaped = True
             self._settle(found, self.window_count, ready=False)
 
     @property
@@ -172,7 +177,8 @@ class Pamu(Iommu):
             if not 0 < count <= _MOST_WINDOWS or count.bit_count() != 1 or self._geometry.size // count < _SMALLEST:
                 why = f"it must be a power of two, at most {_MOST_WINDOWS}, and leave 4 KiB for each"
                 raise PamuError(errno.EINVAL, what, why)
-            self._set(abi.ATTR_WINDOWS, abi.WINDOWS.pack(count), what)
+            rule = "the hardware has fewer windows" if self._shaped else "the aperture has to be set first: geometry"
+            self._set(abi.ATTR_WINDOWS, abi.WINDOWS, (count,), what, rule)
             self._settle(self._geometry, count, ready=True)
 
     @property
@@ -186,7 +192,8 @@ class Pamu(Iommu):
     @stash.setter
     def stash(self, wanted: tuple[int, int]) -> None:
         cpu, cache = wanted
-        self._set(abi.ATTR_STASH, abi.STASH.pack(cpu, cache), f"cannot stash in cache {cache} of CPU {cpu}")
+        what = f"cannot stash in cache {cache} of CPU {cpu}"
+        self._set(abi.ATTR_STASH, abi.STASH, (cpu, cache), what, "there is no such CPU, or no such cache of it")
 
     def configure(self, size: int, windows: int, start: int = 0) -> None:
         """Set the aperture, `size` bytes from `start`, and the number of its windows.  Raises what setting each does."""
@@ -347,18 +354,26 @@ class Pamu(Iommu):
         self._call(abi.VFIO_IOMMU_PAMU_GET_ATTR, argument, f"cannot get the {name}")
         return argument
 
-    def _set(self, kind: int, body: bytes, what: str) -> None:
-        """Set an attribute, and read it back: drivers of 2013 returned 0 for what they had refused."""
-        self._call(abi.VFIO_IOMMU_PAMU_SET_ATTR, abi.attribute(kind, body), what)
+    def _set(self, kind: int, layout: Struct, values: tuple[int, ...], what: str, rule: str) -> None:
+        """Set an attribute, and read it back: drivers of 2013 returned 0 for what they had refused.
+
+        `rule` is what a refusal (EINVAL) means.
+        """
+        try:
+            body = layout.pack(*values)
+        except StructError as unfit:
+            raise PamuError(errno.EINVAL, what, rule) from unfit
+        self._call(abi.VFIO_IOMMU_PAMU_SET_ATTR, abi.attribute(kind, body), what, rule)
         found = bytes(self._get(kind, what)[abi.HEADER.size :][: len(body)])
         if found != body:
-            raise PamuError(errno.EINVAL, what, "the driver returned 0 and did nothing: the hardware does not allow it")
+            raise PamuError(errno.EINVAL, what, f"the driver returned 0 and did nothing: {rule}")
 
-    def _call(self, request: int, argument: bytearray, what: str) -> None:
+    def _call(self, request: int, argument: bytearray, what: str, rule: str = "") -> None:
         try:
             self.backend.ioctl(self.container.fd, request, argument)
         except OSError as error:
-            raise PamuError(error.errno or errno.EIO, what) from error
+            why = rule if error.errno == errno.EINVAL else ""
+            raise PamuError(error.errno or errno.EIO, what, why) from error
 
 
 class MsiBank(Closing):
