@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from textwrap import indent
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,8 +24,10 @@ from vfio import assign, errors, journal, sysfs
 from vfio import backend as backends
 from vfio.backend import Backend
 from vfio.drivers.edu import Edu
-from vfio.iommu.model import Iommu
+from vfio.iommu.pamu import Pamu
+from vfio.iommu.spapr import Spapr
 from vfio.iommu.spapr_v2 import SpaprTceV2
+from vfio.iommu.type1 import Type1
 
 from . import assignment, inventory, output
 from .options import Options, common, pci_address
@@ -44,6 +46,7 @@ _FAKE = "fake:"
 _HEADING, _TYPED = "bold", "cyan"  # rich's styles
 _INDENT = "   "
 _NAME = "<vfio demo>"
+_NARROW = "an edu has 28 bits of address, unless QEMU is told -device edu,dma_mask=0xffffffffffffffff"
 
 
 @click.command()
@@ -122,9 +125,11 @@ class Story:
         self.step("Open it: container, group, device, and a driver for it")
         self.python(f'device = vfio.open_device("{address}", backend); edu = Edu(device)')
         self.python("device.group, device.iommu.name, edu.identify()")
+        if self.names["device"].iommu.passed_over:
+            self.python("device.iommu.passed_over  # why there is no better IOMMU model")
         self.python("hex(edu.invert(0x12345678))  # a register that gives back the complement", gives="0xedcba987")
 
-        self._windows()
+        self._dma()
 
         self.step("An interrupt")
         self.python("vector = device.msi.enable(); edu.interrupt()")
@@ -139,12 +144,23 @@ class Story:
             self.python("backend.leaks()", gives=[])
         self.passed = True
 
-    def _windows(self) -> None:
+    def _dma(self) -> None:
         iommu = self.names["device"].iommu
-        self.step("DMA windows: the default one, and one far above 4 GiB" if _dynamic(iommu) else "The DMA window")
+        if isinstance(iommu, Spapr):
+            self._windows(iommu)
+        elif isinstance(iommu, Type1):
+            self._ranges()
+        elif isinstance(iommu, Pamu):
+            self._aperture()
+        else:
+            self.step(f"No DMA: {iommu.name}, and nothing can be mapped")
+
+    def _windows(self, iommu: Spapr) -> None:
+        dynamic = isinstance(iommu, SpaprTceV2)
+        self.step("DMA windows: the default one, and one far above 4 GiB" if dynamic else "The DMA window")
         self.python("device.iommu.windows[0]")
-        self.python("buffer = vfio.DmaBuffer(1 << 16, backend=backend)")
-        if _dynamic(iommu):
+        self._buffer("1 << 16")
+        if dynamic:
             # A PAPR guest has tables of one level, and no window that is larger than its memory.
             size = "1 << 36, levels=2" if iommu.info.levels > 1 else "1 << 28"
             self.python(f"window = device.iommu.create_window({size}); window")
@@ -153,11 +169,36 @@ class Story:
         self.step("DMA through the default window, there and back")
         self.python("low = device.iommu.map(buffer); low")
         self._there_and_back("low", "below 4 GiB")
-        if _dynamic(iommu):
+        if dynamic:
             self.step("DMA through the 64-bit window, with the same memory")
             self.python("high = window.map(buffer, window.start + window.size // 2); high")
-            narrow = "an edu has 28 bits of address, unless QEMU is told -device edu,dma_mask=0xffffffffffffffff"
-            self._there_and_back("high", "above 4 GiB", narrow)
+            self._there_and_back("high", "above 4 GiB", _NARROW)
+
+    def _ranges(self) -> None:
+        self.step("One space of IOVA: what can be mapped, and what is reserved between")
+        self.python("[(hex(first), hex(last)) for first, last in device.iommu.info.ranges]")
+        self._buffer("1 << 16")
+
+        self.step("DMA, there and back")
+        self.python("low = device.iommu.map(buffer); low")
+        self._there_and_back("low", "below 4 GiB")
+        self.step("DMA from the far end of that space, with the same memory")
+        self.python("last = device.iommu.info.ranges[-1][1]")
+        self.python("high = device.iommu.map(buffer, last + 1 - buffer.length); high")
+        self._there_and_back("high", "above 4 GiB", _NARROW)
+
+    def _aperture(self) -> None:
+        self.step("An aperture of 64 KiB in 16 windows, each for one contiguous piece of memory")
+        self.python("device.iommu.configure(size=1 << 16, windows=16)")
+        self._buffer("1 << 13")
+        self.python("low = device.iommu.map(buffer); low")
+        self.python("banks = [device.iommu.map_msi_bank(n) for n in range(device.iommu.msi_banks)]  # for interrupts")
+        self.python("[str(window) for window in device.iommu.windows[:4]]")
+        self.step("DMA, there and back")
+        self._there_and_back("low", "by windows")
+
+    def _buffer(self, how: str) -> None:
+        self.python(f"buffer = vfio.DmaBuffer({how}, backend=backend)")
 
     def _there_and_back(self, dma: str, text: str, otherwise: str = "") -> None:
         length = len(text)
@@ -236,11 +277,6 @@ class Story:
 
             self._console = Console(markup=False, highlight=False, emoji=False)
         self._console.print(text, style=style, soft_wrap=True)
-
-
-def _dynamic(iommu: Iommu) -> TypeGuard[SpaprTceV2]:
-    """Whether windows can be created: sPAPR v1 has its only one."""
-    return isinstance(iommu, SpaprTceV2)
 
 
 def _is_fake(backend: Backend) -> bool:

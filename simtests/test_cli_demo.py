@@ -112,8 +112,28 @@ def test_a_machine_without_dynamic_windows_has_the_story_of_its_one_window():
     assert (result.exit_code, result.stderr) == (0, "")
     lines = lines_of(result)
     assert "5. The DMA window" in lines
+    assert any("POWER7 (PowerNV, IODA1) has no Dynamic DMA Windows" in line for line in lines)
     assert "b'below 4 GiB'" in lines
     assert "b'above 4 GiB'" not in lines
+    assert lines[-1] == "[]"
+
+
+def test_a_pc_has_the_story_of_its_ranges():
+    result = run("demo", "--backend", "fake:x86")
+    assert (result.exit_code, result.stderr) == (0, "")
+    lines = lines_of(result)
+    assert "[('0x0', '0xfedfffff'), ('0xfef00000', '0x7fffffffff')]" in lines
+    assert "<Dma IOVA 0x7fffff0000..0x8000000000>" in lines
+    assert lines.count("b'below 4 GiB'") == lines.count("b'above 4 GiB'") == 1
+    assert lines[-1] == "[]"
+
+
+def test_a_pamu_has_the_story_of_its_aperture():
+    result = run("demo", "--backend", "fake:p4080")
+    assert (result.exit_code, result.stderr) == (0, "")
+    lines = lines_of(result)
+    assert "(<Group 0>, 'Freescale PAMU (only modelled: no kernel ever merged it)'," in "".join(lines)
+    assert "b'by windows'" in lines
     assert lines[-1] == "[]"
 
 

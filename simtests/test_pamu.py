@@ -10,7 +10,7 @@ import pytest
 from pamu_host import ADDRESS, MIB, p4080
 
 import vfio
-from vfio import topology
+from vfio import selftest, topology
 from vfio.drivers.edu import Edu
 from vfio.fake.backend import FakeBackend
 from vfio.iommu import pamu as pamu_module
@@ -205,6 +205,14 @@ def test_an_interrupt_needs_its_bank(
         with pamu.map_msi_bank(0):
             edu.interrupt()
             assert vector.wait(timeout=1.0) == 1
+
+
+def test_selftest_maps_windows_and_the_banks_that_its_interrupts_need(backend: FakeBackend) -> None:
+    steps = list(selftest.steps(ADDRESS, backend))
+    assert [(step.name, step.status) for step in steps] == [
+        (name, "ok") for name in ("open", "device", "registers", "DMA", "INTx", "MSI", "nothing left")
+    ]
+    assert backend.leaks() == []
 
 
 # --- errors ---

@@ -16,6 +16,8 @@ from vfio.backend import Backend
 from vfio.device import Device
 from vfio.dma import DmaBuffer
 from vfio.drivers import Exerciser
+from vfio.iommu.noiommu import NoIommu
+from vfio.iommu.pamu import Pamu
 from vfio.iommu.spapr import Spapr
 from vfio.iommu.spapr_v2 import SpaprTceV2
 from vfio.iommu.type1 import Type1
@@ -51,7 +53,10 @@ def steps(address: str, backend: Backend) -> Iterator[Step]:
     begin = time.monotonic()
     with open_device(address, backend) as device:
         model = device.iommu.name
-        yield Step("open", "ok", f"group {device.group.number}, {model}", time.monotonic() - begin)
+        found = f"group {device.group.number}, {model}"
+        if device.iommu.passed_over:
+            found += f", as nothing better works: {device.iommu.passed_over[0]}"
+        yield Step("open", "ok", found, time.monotonic() - begin)
         yield from _Selftest(device).run()
     yield _step("nothing left", lambda: _nothing_left(backend, locked))
 
@@ -83,11 +88,21 @@ class _Selftest:
         self.device = device
         self.backend = device.backend
         self.driver: Exerciser | None = None
+        self._kept = ExitStack()
+        """What later steps need."""
 
     def run(self) -> Iterator[Step]:
+        with self._kept:
+            yield from self._steps()
+
+    def _steps(self) -> Iterator[Step]:
         yield _step("device", self._identity)
         yield _step("registers", self._registers)
         iommu = self.device.iommu
+        if isinstance(iommu, NoIommu):
+            yield Step("DMA", "skipped", "there is no IOMMU, and nothing can be mapped", 0.0)
+        if isinstance(iommu, Pamu):
+            yield _step("DMA", lambda: self._pamu(iommu))
         if isinstance(iommu, Spapr):
             for window in iommu.windows:
                 yield _step("default window", lambda window=window: self._window(window))  # type: ignore[misc]
@@ -139,6 +154,21 @@ class _Selftest:
             writable = undo.enter_context(iommu.map(sink, last, read=False))
             done = self.driver.move(readable, writable) if self.driver else "mapped and unmapped"
             return f"{done}, from IOVA {first:#x} to {last:#x}"
+
+    def _pamu(self, iommu: Pamu) -> str:
+        """In windows of an aperture that is as small as it can be with room for the MSI banks.
+
+        They stay mapped, for the interrupts that are tried next: without any memory mapped, DMA is off.
+        """
+        page = self.backend.page_size
+        iommu.configure(16 * page, 16)
+        source, sink = (self._kept.enter_context(DmaBuffer(page, backend=self.backend)) for _ in range(2))
+        readable = self._kept.enter_context(iommu.map(source))
+        writable = self._kept.enter_context(iommu.map(sink, read=False))
+        for index in range(iommu.msi_banks):
+            self._kept.enter_context(iommu.map_msi_bank(index))
+        done = self.driver.move(readable, writable) if self.driver else "mapped"
+        return f"{done} in windows of {errors.size(page)}, and {iommu.msi_banks} MSI banks mapped"
 
     def _free_iova(self, window: DmaWindow, n: int, length: int) -> int:
         return window.start + n * length
