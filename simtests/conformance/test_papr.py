@@ -6,7 +6,7 @@ import random
 import pytest
 
 import vfio
-from vfio import errors, papr
+from vfio import errors, papr, sysfs
 from vfio.drivers.edu import Edu
 
 MIB = 1 << 20
@@ -117,6 +117,39 @@ def test_pages_that_the_guest_took_away_are_out_of_reach(front, edu_driver):
     edu_driver.load(gone, 4)
     edu_driver.store(sink, 4)
     assert ram[3 * MIB : 3 * MIB + 4] != b"gone"
+
+
+@POWERNV
+@pytest.mark.parametrize("way", ["detached", "closed"])
+def test_group_that_leaves_takes_nothing_from_the_device_that_stays(backend, two_edus, way):
+    """Its leaving empties the shared windows; the second time, with the group back and what the guest has changed since."""
+    first, second = two_edus
+    with vfio.open_device(first, backend) as device, vfio.DmaBuffer(4 * MIB, backend=backend) as ram:
+        container, edu = device.group.container, Edu(device)
+        with papr.Phb(container, papr.GuestMemory(ram)) as phb:
+            where = phb.add(device)
+            guest = papr.Guest(phb, list_page=0)
+            direct = guest.enable_ddw(where)
+            assert direct is not None
+            for place in (0x8000, 0x10000):
+                ioba = guest.map(place, PAGE)
+                with vfio.Group(sysfs.group_of(backend, second), backend) as group:
+                    container.attach(group)
+                    with group.device(second) as other:
+                        phb.add(other)
+                        ram[0x2000:0x2005] = b"other"
+                        Edu(other).load(direct.address(0x2000), 5)
+                        Edu(other).store(ioba, 5)
+                        assert ram[place : place + 5] == b"other"
+                        phb.remove(other)
+                    if way == "detached":
+                        container.detach(group)
+                source, pages = chosen_pages(ram)
+                assert all_arrive(edu, direct.address, ram, source, pages)
+                edu.load(direct.address(pages[0] * PAGE), 64)
+                edu.store(ioba, 64)
+                assert ram[place : place + 64] == ram[pages[0] * PAGE : pages[0] * PAGE + 64]
+            guest.disable_ddw(direct)
 
 
 def test_what_a_guest_may_not_do_changes_nothing(front, backend):

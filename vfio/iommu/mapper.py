@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from vfio import errors
 from vfio.closing import Closing
@@ -23,6 +23,9 @@ class Mapper(Closing):
 
     Made by `DmaWindow.mapper`.  Use one for each thread.
     """
+
+    restorable: ClassVar[bool] = False
+    """Whether it knows what it has mapped, so that `remap` can map it again; keeping that would cost each `map`."""
 
     def __init__(self, window: DmaWindow, memory: DmaMemory, slots: int, length: int) -> None:
         if slots < 1:
@@ -60,6 +63,9 @@ class Mapper(Closing):
     def unmap(self, slot: int) -> None:
         """Unmap `slot`; harmless when nothing is mapped there."""
         self._slots[slot].unmap()
+
+    def remap(self) -> None:
+        """Where it is `restorable`, map again what it has mapped: the kernel has emptied the table."""
 
     def close(self) -> None:
         """Unmap all slots and give the IOVA range back."""

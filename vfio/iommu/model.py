@@ -56,7 +56,10 @@ class Iommu(ABC):
 
     @abstractmethod
     def remap(self) -> None:
-        """Map again all that is mapped: a group has left, and that emptied the tables."""
+        """Map again all that is mapped: a group has left, and that emptied the tables.
+
+        Raises the first error of the kernel, after trying all of it.
+        """
 
     @abstractmethod
     def gone(self) -> None:

@@ -19,6 +19,7 @@ from vfio import errors, uapi
 from vfio.backend import Backend
 from vfio.dma import Dma, DmaMemory
 from vfio.iommu import registration, tce
+from vfio.iommu.mapper import Mapper
 from vfio.iommu.model import Iommu
 from vfio.iommu.window import DmaWindow
 
@@ -127,12 +128,21 @@ class Spapr(Iommu):
 
     def check_detach(self) -> None:
         for window in self.windows:
-            if window.mappers:
-                raise errors.StillMapped("cannot detach a group: that empties the windows", len(window.mappers))
+            lost = [mapper for mapper in window.mappers if not mapper.restorable]
+            if lost:
+                raise errors.StillMapped("cannot detach a group: that empties the windows", len(lost))
 
     def remap(self) -> None:
+        failed: OSError | None = None
         for window in self.windows:
-            window.remap()
+            users: list[Dma | Mapper] = [*window.mapped, *window.mappers]
+            for each in users:
+                try:
+                    each.remap()
+                except OSError as error:  # no reason to leave the rest out of reach
+                    failed = failed or error
+        if failed:
+            raise failed
 
     def gone(self) -> None:
         for window in self.windows:

@@ -181,11 +181,6 @@ class DmaWindow(Closing):
         self._idle.clear()
         self._free = None
 
-    def remap(self) -> None:
-        """Map again what is mapped, in the same order: the kernel has emptied the table."""
-        for dma in self.mapped:
-            dma.remap()
-
     def uses(self, region: Region) -> int:
         """How many mappings point into `region`."""
         users: list[User] = [*self._live.values(), *self.mappers]

@@ -86,6 +86,20 @@ class Phb(Closing):
         self.devices[address] = device
         return address
 
+    def remove(self, device: Device) -> None:
+        """Take `device` from the guest, wherever it is shown; the guest's windows stay, for its other devices.
+
+        Close the device, and close its group or detach it, for its DMA to end.  A kernel whose container a group leaves
+        empties the windows of the others as well: all that the guest has in its tables is mapped again before the group's
+        `close`, or `Container.detach`, returns.  Raises ValueError for a device that is not here.
+        """
+        with self.lock:
+            places = [address for address, each in self.devices.items() if each is device]
+            if not places:
+                raise ValueError(f"{device.address} is no device of this PHB")
+            for address in places:
+                del self.devices[address]
+
     def hcall(self, opcode: int, *arguments: int) -> tuple[int, ...]:
         """Make a hypercall: its code (`Hcall`), and what it puts in registers beside that."""
         with self.lock:
@@ -124,7 +138,7 @@ class Phb(Closing):
         """Of the PE of the device at a configuration address: devices of a bus share one."""
         return address & 0xFF0000 | PE_ADDRESS
 
-    def create(self, page_size: int, size: int) -> TceTable:
+    def create_window(self, page_size: int, size: int) -> TceTable:
         """Create a window.  Raises OSError: `errors.NoFreeWindow`, and what `SpaprTceV2.create_window` does."""
         assert self.ddw is not None
         free = [liobn for liobn in self.liobns if liobn not in self.tables]
@@ -139,14 +153,14 @@ class Phb(Closing):
             raise
         return table
 
-    def remove(self, liobn: int) -> None:
+    def remove_window(self, liobn: int) -> None:
         """Remove a window, the default one too."""
         table = self._tables[liobn]
         table.close()
         table.window.close()
         del self._tables[liobn]
 
-    def reset(self) -> None:
+    def reset_windows(self) -> None:
         """Only the default window, empty; it is made again where it was removed."""
         assert self.ddw is not None
         info = self.ddw.info
@@ -155,9 +169,9 @@ class Phb(Closing):
             if (window.start, window.size, window.page_size) == (info.window_start, info.window_size, _DEFAULT_PAGE):
                 table.clear()
             else:
-                self.remove(liobn)
+                self.remove_window(liobn)
         if not self.tables and info.window_size:
-            self.create(_DEFAULT_PAGE, info.window_size)
+            self.create_window(_DEFAULT_PAGE, info.window_size)
 
     @staticmethod
     def _address(bus: int, slot: int, function: int) -> int:
@@ -168,4 +182,4 @@ class Phb(Closing):
             if table.window.default or isinstance(self.iommu, SpaprTce):
                 table.close()
             else:
-                self.remove(liobn)
+                self.remove_window(liobn)

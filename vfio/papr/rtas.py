@@ -74,20 +74,20 @@ def _create(phb: Phb, results: int, address: int, high: int, low: int, page_shif
         raise _Wrong
     if 1 << window_shift > phb.largest_window:
         return [Rtas.HARDWARE_ERROR]
-    table = phb.create(1 << page_shift, 1 << window_shift)
+    table = phb.create_window(1 << page_shift, 1 << window_shift)
     return [Rtas.SUCCESS, table.liobn, table.window.start >> 32, table.window.start & _U32]
 
 
 def _remove(phb: Phb, results: int, liobn: int) -> list[int]:
     if phb.ddw is None or liobn not in phb.tables:
         raise _Wrong
-    phb.remove(liobn)
+    phb.remove_window(liobn)
     return [Rtas.SUCCESS]
 
 
 def _reset_windows(phb: Phb, results: int, address: int, high: int, low: int) -> list[int]:
     _check_ddw(phb, address, high, low)
-    phb.reset()
+    phb.reset_windows()
     return [Rtas.SUCCESS]
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import mmap
 from array import array
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from contextlib import contextmanager
+from typing import ClassVar, NamedTuple
 
+from vfio import errors
 from vfio.dma import DmaMemory
 from vfio.iommu.mapper import Mapper
 from vfio.iommu.slot import Slot
@@ -16,6 +18,7 @@ from vfio.papr.numbers import TCE_BYTES, TCE_READ, TCE_WRITE
 
 _PERMISSIONS = TCE_READ | TCE_WRITE
 _CHUNK = 1 << 16
+_EMPTY = memoryview(bytes(_CHUNK * TCE_BYTES)).cast("Q")
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0)
 
 
@@ -50,10 +53,10 @@ class TceTable:
         self._shadow = memoryview(mmap.mmap(-1, self.entries * TCE_BYTES, flags=flags)).cast("Q")
         with window.iommu.lock:
             window.reserve(window.size, window.start)
-            self._claims: list[_Claim] = []
+            self.claims: list[_Claim] = []
             try:
                 for block in memory.blocks:
-                    self._claims.append(_Claim(self, block.buffer))
+                    self.claims.append(_Claim(self, block.buffer))
                 # Not entry 0: nothing is gained by it, and POWER8 hosts have had accidents there.
                 window.settle(self._slot(min(1, self.entries - 1), 1))
             except BaseException:
@@ -66,33 +69,35 @@ class TceTable:
 
     @property
     def closed(self) -> bool:
-        return not self._claims
+        return not self.claims
 
     def put(self, first: int, tces: Sequence[int]) -> None:
         """Set entries from the number `first` on.
 
-        Raises BadTce before anything is changed.  Where the kernel fails, OSError: the runs before are set, the one that
-        failed is cleared, those behind it are as they were.
+        Raises BadTce before anything is changed, `errors.Closed` when the window is gone.  Where the kernel fails,
+        OSError: the runs before are set, the one that failed is cleared, those behind it are as they were.
         """
         runs = list(self._runs(first, tces))
         for run in runs:
             if run.tce:
                 self._check(run)
         at = 0
-        for run in runs:
-            self._set(run, tces[at : at + run.pages])
-            at += run.pages
+        with self._in_step():
+            for run in runs:
+                self._set(run, tces[at : at + run.pages])
+                at += run.pages
 
     def stuff(self, first: int, tce: int, count: int) -> None:
-        """Set `count` entries to the same `tce`, which lets no device through."""
-        self._unmap(first, count)
-        if tce:
-            self._widen(first, count)
-        else:  # what was never used is zero already
-            end = min(first + count, self._used[1])
-            first = max(first, self._used[0])
-            count = end - first
-        self._fill(first, count, tce)
+        """Set `count` entries to the same `tce`, which lets no device through.  Raises as `put`."""
+        with self._in_step():
+            self._unmap(first, count)
+            if tce:
+                self._widen(first, count)
+            else:  # what was never used is zero already
+                end = min(first + count, self._used[1])
+                first = max(first, self._used[0])
+                count = end - first
+            self._fill(first, count, tce)
 
     def clear(self) -> None:
         """Clear all entries."""
@@ -100,15 +105,51 @@ class TceTable:
         self.stuff(first, 0, end - first)
         self._used = (self.entries, 0)
 
+    def remap(self) -> None:
+        """Map again all that the guest has put there: the kernel has emptied the table.
+
+        Raises the first error of the kernel, after trying all of it; what could not be mapped is cleared, so that the
+        guest that asks for it finds it gone.
+        """
+        failed: OSError | None = None
+        with self._in_step():
+            first, end = self._used
+            for start in range(first, end, _CHUNK):
+                tces = self._shadow[start : min(start + _CHUNK, end)]
+                if tces == _EMPTY[: len(tces)]:
+                    continue
+                for run in self._runs(start, tces.tolist()):
+                    try:
+                        if run.tce:
+                            self._map_or_clear(run)
+                    except OSError as error:
+                        failed = failed or error
+        if failed:
+            raise failed
+
     def close(self) -> None:
         """Clear it, and give the window back; harmless when done before."""
         with self.window.iommu.lock:
-            if self._claims:
+            if self.claims:
                 if not self.window.closed:
                     self.clear()
                 self._let_go()
 
+    def gone(self) -> None:
+        """The kernel has destroyed the window."""
+        if self.claims:
+            self._let_go()
+
     # --- how ---
+
+    @contextmanager
+    def _in_step(self) -> Iterator[None]:
+        """What is done here to the kernel's table and to the shadow is one step for `remap`, which reads the one into the
+        other when a group leaves, in whatever thread that is."""
+        with self.window.iommu.lock:
+            if self.closed:
+                raise errors.Closed(f"{self.window}")
+            yield
 
     def _runs(self, first: int, tces: Sequence[int]) -> Iterator[Run]:
         page, start = self.window.page_size, 0
@@ -135,11 +176,7 @@ class TceTable:
     def _set(self, run: Run, tces: Sequence[int]) -> None:
         if run.tce:
             self._widen(run.first, run.pages)
-            try:
-                self._map(run)
-            except OSError:
-                self._abandon(run)
-                raise
+            self._map_or_clear(run)
         else:
             self._unmap(run.first, run.pages)
             if any(tces):
@@ -161,6 +198,13 @@ class TceTable:
     def _widen(self, first: int, count: int) -> None:
         self._used = (min(self._used[0], first), max(self._used[1], first + count))
 
+    def _map_or_clear(self, run: Run) -> None:
+        try:
+            self._map(run)
+        except OSError:
+            self._abandon(run)
+            raise
+
     def _map(self, run: Run) -> None:
         entry = run.first
         for host, length in self.memory.pieces(run.tce & ~_PERMISSIONS, run.pages * self.window.page_size):
@@ -180,16 +224,18 @@ class TceTable:
         return Slot(self.window, self.window.start + entry * page, count * page, permissions)
 
     def _let_go(self) -> None:
-        for claim in self._claims:
+        for claim in self.claims:
             if claim in self.window.mappers:
                 self.window.mappers.remove(claim)
-        self._claims.clear()
+        self.claims.clear()
         if not self.window.closed:
             self.window.allocator.free(self.window.start, self.window.size)
 
 
 class _Claim(Mapper):
     """The window's note that the guest may have mapped a block of memory, which stays registered meanwhile."""
+
+    restorable: ClassVar[bool] = True
 
     def __init__(self, table: TceTable, memory: DmaMemory) -> None:
         self.window = table.window
@@ -200,5 +246,12 @@ class _Claim(Mapper):
         self.window.iommu.claim(self.window, memory, self)
         self.window.mappers.append(self)
 
+    def remap(self) -> None:
+        if self._table.claims[0] is self:  # once for all of its blocks
+            self._table.remap()
+
     def close(self) -> None:
         self._table.close()
+
+    def gone(self) -> None:
+        self._table.gone()
