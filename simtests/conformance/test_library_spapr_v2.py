@@ -347,6 +347,22 @@ def test_everything_is_given_back_when_the_device_closes(backend, bound_address)
         buffer.close()
 
 
+def test_memory_is_unregistered_while_other_memory_is_about_to_be_mapped(iommu, buffer, backend, monkeypatch):
+    """As another thread does it; the mapping that is about to be made still notes the region of the one before."""
+    registered, claim = iommu.register(buffer), iommu.claim
+    iommu.map(buffer).close()
+
+    def unregister_first(*arguments):
+        registered.close()
+        return claim(*arguments)
+
+    with vfio.DmaBuffer(1 << 16, backend=backend) as other, iommu.register(other):
+        monkeypatch.setattr(iommu, "claim", unregister_first)
+        iommu.windows[0].map(other).close()
+    with pytest.raises(errors.NotRegistered):
+        iommu.windows[0].map(buffer)
+
+
 def test_two_threads_map_in_one_container(iommu, backend):
     failures = []
 

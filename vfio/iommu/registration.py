@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from vfio import errors
 from vfio.backend import Backend
+from vfio.dma import DmaMemory
 
 if TYPE_CHECKING:
     from vfio.iommu.window import DmaWindow
@@ -24,6 +25,7 @@ class User(Protocol):
     """A mapping, or whatever else points into registered memory."""
 
     region: Region | None
+    memory: DmaMemory
 
 
 class Region:
@@ -45,6 +47,13 @@ class Region:
     def holds(self, address: int, length: int) -> bool:
         """Whether all of this range is registered memory of the region now."""
         return self.address <= address and address + length <= self._end
+
+    def used_by(self, user: User) -> bool:
+        """Whether `user` points into it; withdrawn or not.
+
+        A mapping that is about to be made notes the region of the one before, and looks only then whether it is its own.
+        """
+        return user.region is self and self.address <= user.memory.address < self.address + self.length
 
     def withdraw(self) -> None:
         """From now on it holds nothing."""

@@ -184,7 +184,7 @@ class DmaWindow(Closing):
     def uses(self, region: Region) -> int:
         """How many mappings point into `region`."""
         users: list[User] = [*self._live.values(), *self.mappers]
-        return sum(user.region is region for user in users)
+        return sum(region.used_by(user) for user in users)
 
     # --- how ---
 
