@@ -11,6 +11,7 @@ from papr_front import (
     BOTH,
     BUID,
     CONFIGURE,
+    CREATE,
     DETAIL,
     EDU,
     HIGH,
@@ -113,10 +114,17 @@ def test_remove_of_a_window_that_there_is_not_is_a_parameter_error(front: Front,
     assert front.rtas(REMOVE, liobn) == [Rtas.PARAMETER_ERROR]
 
 
-def test_remove_that_the_kernel_refuses_is_a_hardware_error(front: Front) -> None:
+def test_window_that_the_kernel_does_not_remove_is_empty_and_can_be_used_and_removed(front: Front) -> None:
     front.create(12, 23)
+    front.put(WINDOW, BOTH, HIGH)
     front.backend.machine.hooks.fail("VFIO_IOMMU_SPAPR_TCE_REMOVE", errno.EIO)
     assert front.rtas(REMOVE, HIGH) == [Rtas.HARDWARE_ERROR]
+    assert front.get(WINDOW, HIGH) == (Hcall.SUCCESS, 0)
+    assert front.entry(WINDOW) is None
+    assert front.put(WINDOW, 0x2000 | BOTH, HIGH) == Hcall.SUCCESS
+    assert front.entry(WINDOW) == (0x2000, 3)
+    assert front.rtas(REMOVE, HIGH) == [Rtas.SUCCESS]
+    assert front.create(12, 23)[0] == Rtas.SUCCESS
 
 
 def test_window_after_the_default_one_was_removed_begins_at_0(front: Front) -> None:
@@ -156,8 +164,32 @@ def test_calls_for_another_phb_or_device_or_in_another_shape_are_parameter_error
     assert list(front.phb.tables) == [LOW]
 
 
-def test_a_name_that_is_no_call_is_a_parameter_error(front: Front) -> None:
-    assert front.rtas("ibm,make-coffee", 1, 2, results=2) == [Rtas.PARAMETER_ERROR, 0]
+@pytest.mark.parametrize("name", ["", "ibm,make-coffee", "IBM,QUERY-PE-DMA-WINDOW", "ibm,query-pe-dma-window "])
+def test_a_name_that_is_no_call_is_a_parameter_error(front: Front, name: str) -> None:
+    assert front.rtas(name, front.where, *BUID, results=5) == [Rtas.PARAMETER_ERROR, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("results", [17, 1 << 20, 0xFFFFFFFF, 1 << 70])
+def test_an_answer_that_no_guest_has_room_for_ends_where_its_room_ends(front: Front, results: int) -> None:
+    assert front.rtas(QUERY, front.where, *BUID, results=results) == [Rtas.PARAMETER_ERROR] + [0] * 15
+    assert front.rtas(QUERY, front.where, *BUID, results=-results) == []
+
+
+def test_window_whose_table_cannot_be_built_is_a_hardware_error_and_charges_nothing() -> None:
+    front = Front()
+    front.phb.close()
+    phb = papr.Phb(front.device.group.container, papr.GuestMemory(front.ram), largest_window=1 << 62)
+    where = phb.add(front.device)
+    before = front.backend.locked()
+    for window_shift in (56, 62):
+        answer = phb.rtas(CREATE, where, *BUID, 12, window_shift, results=4)
+        assert answer == [Rtas.HARDWARE_ERROR, 0, 0, 0]
+    assert front.backend.locked() == before
+    assert phb.rtas(QUERY, where, *BUID, results=5)[2] == 0xFFFFFFFF
+    assert phb.rtas(QUERY, where, *BUID, results=6)[2:4] == [(1 << 50) >> 32, 0]
+    phb.close()
+    front.device.close()
+    assert front.backend.leaks() == []
 
 
 # --- EEH ---
@@ -211,15 +243,19 @@ def test_an_option_that_there_is_not_is_a_parameter_error(front: Front, name: st
     assert front.rtas(name, 1, *BUID, option) == [Rtas.PARAMETER_ERROR]
 
 
-@pytest.mark.parametrize(("name", "more"), [(OPTION, (1,)), (SLOT_RESET, (1,)), (CONFIGURE, ())])
+@pytest.mark.parametrize(("name", "more"), [(OPTION, (1,)), (SLOT_RESET, (1,))])
 def test_eeh_call_that_the_hardware_refuses_is_a_hardware_error(front: Front, name: str, more: tuple[int, ...]) -> None:
     front.backend.machine.hooks.fail("VFIO_EEH_PE_OP", errno.EIO)
     assert front.rtas(name, 1, *BUID, *more) == [Rtas.HARDWARE_ERROR]
 
 
-def test_state_that_the_kernel_does_not_tell_is_a_hardware_error(front: Front) -> None:
+def test_state_that_the_kernel_does_not_tell_and_a_pe_that_it_does_not_configure_are_parameter_errors(
+    front: Front,
+) -> None:
     front.backend.machine.hooks.fail("VFIO_EEH_PE_OP", errno.EIO)
-    assert front.rtas(STATE, 1, *BUID, results=4) == [Rtas.HARDWARE_ERROR, 0, 0, 0]
+    assert front.rtas(STATE, 1, *BUID, results=4) == [Rtas.PARAMETER_ERROR, 0, 0, 0]
+    front.backend.machine.hooks.fail("VFIO_EEH_PE_OP", errno.EIO)
+    assert front.rtas(CONFIGURE, 1, *BUID) == [Rtas.PARAMETER_ERROR]
 
 
 def test_error_log_there_is_none(front: Front) -> None:

@@ -31,6 +31,10 @@ class Hooks:
             raise ValueError(f"the call number {nth} of {kind}: 1 is the next one")
         self._planned.setdefault(kind, []).append(_Planned(self.calls[kind] + nth, errno))
 
+    def clear(self) -> None:
+        """Let no call fail any more."""
+        self._planned.clear()
+
     def before(self, *kinds: str) -> None:
         """A call that goes by all of these names is about to be made."""
         for kind in kinds:

@@ -154,10 +154,14 @@ class Phb(Closing):
         return table
 
     def remove_window(self, liobn: int) -> None:
-        """Remove a window, the default one too."""
+        """Remove a window, the default one too.  Where the kernel refuses, OSError: it is empty, and there as before."""
         table = self._tables[liobn]
         table.close()
-        table.window.close()
+        try:
+            table.window.close()
+        except OSError:
+            self._tables[liobn] = TceTable(liobn, table.window, self.memory)
+            raise
         del self._tables[liobn]
 
     def reset_windows(self) -> None:
@@ -178,8 +182,8 @@ class Phb(Closing):
         return bus << 16 | slot << 11 | function << 8
 
     def _close_tables(self) -> None:
-        for liobn, table in reversed(self.tables.items()):
-            if table.window.default or isinstance(self.iommu, SpaprTce):
-                table.close()
-            else:
-                self.remove_window(liobn)
+        with ExitStack() as newest_first:
+            for table in self.tables.values():
+                if not table.window.default:
+                    newest_first.callback(table.window.close)
+                newest_first.callback(table.close)

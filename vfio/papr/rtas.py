@@ -1,7 +1,8 @@
 """The RTAS calls of Dynamic DMA Windows and of EEH.
 
 Arguments and answers are 32-bit words; a 64-bit value is two, the high one first.  Statuses are those of QEMU: -3 for a
-wrong argument, a wrong number of them, and a platform without the feature; -1 where VFIO refused.  Sources: LoPAPR,
+wrong argument, a wrong number of them, a call that there is not and a platform without the feature; where VFIO refused -1,
+or -3 of the two EEH calls that only ask and configure.  Sources: LoPAPR,
 chapters "Dynamic DMA Windows" and "Enhanced I/O Error Handling"; hw/ppc/spapr_rtas_ddw.c, spapr_pci.c and
 spapr_pci_vfio.c of QEMU; as called by arch/powerpc/platforms/pseries/iommu.c and eeh_pseries.c.
 """
@@ -31,6 +32,8 @@ T = TypeVar("T")
 _U32 = (1 << 32) - 1
 _SMALLEST_PAGE_SHIFT = 12
 _EEH_CAPABLE = 1
+_MOST_WORDS = 16
+"""Of the answer to a call in a shape that it does not have: a guest's block of arguments has no more for both."""
 _ASK_AGAIN = 1000
 """Milliseconds after which a guest may ask a PE that is unavailable again."""
 
@@ -40,7 +43,11 @@ class _Wrong(ValueError):
 
 
 def call(phb: Phb, name: str, arguments: Sequence[int], results: int) -> list[int]:
-    """What the call answers, in `results` words (0: none); where it fails, all but the status are 0."""
+    """What the call answers, in `results` words (0: none); where it fails, all but the status are 0.
+
+    A number of words that no guest has room for is answered as far as it can have.
+    """
+    results = max(0, min(results, _MOST_WORDS))
     try:
         if name not in _CALLS or not all(0 <= word <= _U32 for word in arguments):
             raise _Wrong
@@ -48,11 +55,11 @@ def call(phb: Phb, name: str, arguments: Sequence[int], results: int) -> list[in
         if len(arguments) != count or results not in allowed:
             raise _Wrong
         answer = [int(word) for word in function(phb, results, *arguments)]
-    except (_Wrong, errors.BadWindow, errors.NoEeh):
+    except (_Wrong, errors.NoEeh):
         answer = [int(Rtas.PARAMETER_ERROR)]
     except OSError:
         answer = [int(Rtas.HARDWARE_ERROR)]
-    return (answer + [0] * results)[: max(results, 0)]
+    return (answer + [0] * results)[:results]
 
 
 # --- Dynamic DMA Windows ---
@@ -124,7 +131,10 @@ def _pe_info(phb: Phb, results: int, address: int, high: int, low: int, option: 
 def _state(phb: Phb, results: int, address: int, high: int, low: int) -> list[int]:
     """The state, whether there is EEH, milliseconds to wait while unavailable, milliseconds that recovery takes."""
     _check_pe(phb, address, high, low)
-    state = phb.container.eeh.state
+    try:
+        state = phb.container.eeh.state
+    except OSError:
+        raise _Wrong from None
     wait = _ASK_AGAIN if state is State.UNAVAIL else 0
     return [Rtas.SUCCESS, state, _EEH_CAPABLE, wait, 0][:results]
 
@@ -143,7 +153,10 @@ def _slot_reset(phb: Phb, results: int, address: int, high: int, low: int, optio
 
 def _configure(phb: Phb, results: int, address: int, high: int, low: int) -> list[int]:
     _check_pe(phb, address, high, low)
-    phb.container.eeh.configure()
+    try:
+        phb.container.eeh.configure()
+    except OSError:
+        raise _Wrong from None
     return [Rtas.SUCCESS]
 
 
@@ -192,3 +205,6 @@ _CALLS: dict[str, tuple[int, tuple[int, ...], Callable[..., list[int]]]] = {
     "ibm,configure-pe": (3, (1,), _configure),
     "ibm,slot-error-detail": (8, (1,), _error_detail),
 }
+
+NAMES = tuple(_CALLS)
+"""The calls that there are; a monitor gives each a token of its own, in the guest's device tree."""
