@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import click
@@ -13,12 +13,13 @@ import vfio
 from vfio import errors, sysfs, topology
 from vfio.backend import Backend
 from vfio.iommu import tce
-from vfio.iommu.spapr import Spapr
+from vfio.iommu.spapr import Spapr, platform, platform_name
 
 from . import output
 from .options import Options, common, pci_address
 
 _PLATFORMS = ("power8", "power9", "power10", "pseries", "power7")
+_HOST_PAGES = {"4K": 4096, "64K": 65536}
 _UNITS = "KMGTPE"
 _NO_DDW = "the platform has no Dynamic DMA Windows: its one window is fixed"
 
@@ -66,20 +67,22 @@ def window(options: Options) -> None:
     "platforms",
     type=click.Choice(_PLATFORMS),
     multiple=True,
-    help="A platform to plan for (may be given several times; default: all).",
+    help="A platform to plan for (may be given several times; default: this machine, or all if it is no POWER host).",
 )
 @click.option(
     "--host-page",
-    type=click.Choice(["4K", "64K"]),
+    type=click.Choice(list(_HOST_PAGES)),
     help="Page of the platform's kernel (default: as the platform is described).",
 )
 @common
 def plan(options: Options, address: str | None, wanted: int, platforms: tuple[str, ...], host_page: str | None) -> None:
     """Show what a window of a size would cost, by page size and number of table levels, and whether it is allowed.
 
-    With ADDRESS this machine is asked: the device's group is opened (not the device, so nothing is reset), and its
-    locked memory is looked at. Without, the platforms are taken as they are known, and only the shape of the table is
-    judged. TABLE is what the hardware reads; CHARGED is the locked memory, in which powernv counts a second copy.
+    This machine is judged if it is a POWER host: the shape of the table, and the locked memory that this process may
+    still have. With ADDRESS its kernel is asked what windows it has for the device (the device's group is opened, not the
+    device, so nothing is reset); without, the platform is taken as it is known. Other platforms are named by --platform;
+    of them the shape alone is judged. TABLE is what the hardware reads; CHARGED is the locked memory, in which powernv
+    counts a second copy.
 
     \b
     Examples:
@@ -87,12 +90,15 @@ def plan(options: Options, address: str | None, wanted: int, platforms: tuple[st
       vfio window plan --size 1T --platform power9 --json
       vfio window plan 0001:01:00.0 --size 64G
     """
+    page = _HOST_PAGES[host_page] if host_page else None
     if address is not None:
         if platforms or host_page:
             raise click.UsageError("ADDRESS is this machine: --platform and --host-page are for others")
         found = [_of_machine(options.backend, address, wanted)]
+    elif platforms or host_page or (here := _of_this_host(options.backend, wanted)) is None:
+        found = [_of_platform(name, wanted, page) for name in dict.fromkeys(platforms or _PLATFORMS)]
     else:
-        found = [_of_platform(name, wanted, host_page) for name in dict.fromkeys(platforms or _PLATFORMS)]
+        found = [here]
     if options.json:
         output.as_json({"size": wanted, "machines": [_as_json(each) for each in found]})
         return
@@ -119,6 +125,18 @@ def _of_machine(backend: Backend, address: str, wanted: int) -> Planned:
         return Planned(name, backend.page_size, [_within_limit(backend, each) for each in planned])
 
 
+def _of_this_host(backend: Backend, wanted: int) -> Planned | None:
+    """Its platform as it is known, and the locked-memory account of this process; None where the platform is not known."""
+    host = platform(backend)
+    known = host and ("pseries" if host.name == "pSeries" else host.cpu.lower())
+    if known not in _PLATFORMS:
+        return None
+    memory = _memory(backend) if known == "pseries" else None
+    planned = _of_platform(known, wanted, backend.page_size, memory)
+    windows = [_within_limit(backend, each) for each in planned.windows]
+    return replace(planned, machine=f"this machine, {platform_name(backend)}", windows=windows)
+
+
 def _within_limit(backend: Backend, planned: tce.Planned) -> tce.Planned:
     account = backend.locked()
     if planned.problem or account.unlimited or account.limit is None:
@@ -130,14 +148,14 @@ def _within_limit(backend: Backend, planned: tce.Planned) -> tce.Planned:
     )
 
 
-def _of_platform(name: str, wanted: int, host_page: str | None) -> Planned:
+def _of_platform(name: str, wanted: int, host_page: int | None, memory: int | None = None) -> Planned:
     described = topology.load(name)
-    page = {"4K": 4096, "64K": 65536, None: described.platform.page_size}[host_page]
+    page = host_page or described.platform.page_size
     iommu = described.iommu
     if not iommu.dynamic_windows:
         return Planned(name, page, [], _NO_DDW)
     sizes = [1 << shift for shift in range(64) if iommu.page_sizes >> shift & 1]
-    return Planned(name, page, tce.plan(wanted, sizes, iommu.levels, page))
+    return Planned(name, page, tce.plan(wanted, sizes, iommu.levels, page, memory))
 
 
 def _memory(backend: Backend) -> int | None:

@@ -39,6 +39,12 @@ def on_machine(url: str, *words: str, bind: bool = True) -> tuple[FakeBackend, R
         return backend, CliRunner().invoke(cli, ["window", "plan", address, *words], prog_name="vfio")
 
 
+def on_this_host(url: str, *words: str) -> Result:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VFIO_BACKEND", url)
+        return CliRunner().invoke(cli, ["window", "plan", *words], prog_name="vfio")
+
+
 def by_page_and_levels(result: Result, machine: int = 0) -> dict[tuple[int, int], dict[str, object]]:
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)["machines"][machine]["windows"]
@@ -68,8 +74,8 @@ def test_papr_guest_has_one_level_and_one_copy(run: Run) -> None:
     assert found[4096, 1]["charged_bytes"] == found[4096, 1]["table_bytes"] == 2 << 20
 
 
-def test_all_platforms_are_planned_for_and_named(run: Run) -> None:
-    result = run("--size", "64G")
+def test_a_machine_that_is_no_power_host_plans_for_all_platforms() -> None:
+    result = on_this_host("fake:x86", "--size", "64G")
     assert (result.exit_code, result.stderr) == (0, "")
     for name in ("power8", "power9", "power10", "pseries", "power7"):
         assert f"{name}, " in result.stdout
@@ -85,7 +91,7 @@ def test_window_smaller_than_a_page_is_not_allowed(run: Run) -> None:
 
 @pytest.mark.parametrize(("text", "value"), [("64G", 64 * GIB), ("64GiB", 64 * GIB), ("0x1000000000", 64 * GIB)])
 def test_sizes(run: Run, text: str, value: int) -> None:
-    assert json.loads(run("--size", text, "--json").stdout)["size"] == value
+    assert json.loads(run("--size", text, "--platform", "power8", "--json").stdout)["size"] == value
 
 
 @pytest.mark.parametrize(
@@ -148,6 +154,28 @@ def test_limit_of_locked_memory_is_counted() -> None:
 def test_firmware_of_a_papr_guest_is_counted() -> None:
     _, result = on_machine("fake:pseries", "--size", "1T")
     assert "no: the firmware refuses more than this partition's memory" in result.stdout
+
+
+def test_without_an_address_this_host_is_judged_by_what_its_platform_is_known_for() -> None:
+    for preset, pages in (("power8", [4096, 65536, 16 << 20, 256 << 20]), ("power9", [4096, 65536, 2 << 20, GIB])):
+        result = on_this_host(f"fake:{preset}", "--size", "64G", "--json")
+        assert [machine["machine"] for machine in json.loads(result.stdout)["machines"]] == [
+            f"this machine, {preset.upper()} (PowerNV)"
+        ]
+        assert sorted(by_page_and_levels(result)) == [(page, n) for page in pages for n in (1, 2, 3, 4, 5)]
+
+
+def test_without_an_address_the_host_page_the_limit_and_the_firmware_of_this_host_count() -> None:
+    limited = on_this_host("fake:power8?page_size=65536&ipc_lock=0&memlock=8388608", "--size", "64G", "--json")
+    found = by_page_and_levels(limited)
+    assert found[4096, 2]["charged_bytes"] == 262272 << 10
+    assert found[4096, 2]["why_not"] == "RLIMIT_MEMLOCK is 8 MiB, of which 0 bytes are in use"
+    assert found[16 << 20, 1]["allowed"] is True
+    guest = by_page_and_levels(on_this_host("fake:pseries", "--size", "64G", "--json"))
+    assert guest[65536, 1]["why_not"] == "the firmware refuses more than this partition's memory"
+    assert (
+        "this machine, POWER7 (PowerNV, IODA1), 4 KiB host pages" in on_this_host("fake:power7", "--size", "1G").stdout
+    )
 
 
 def test_power7_says_that_its_window_is_fixed() -> None:

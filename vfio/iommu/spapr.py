@@ -165,18 +165,33 @@ class Spapr(Iommu):
         return tce.Shape(window.size, window.page_size, window.levels, self.backend.page_size).charged
 
 
-def platform_name(backend: Backend) -> str:
-    """What /proc/cpuinfo calls this host, for messages; POWER7's bridges are IODA1, which has no dynamic windows."""
+class Platform(NamedTuple):
+    """A POWER host."""
+
+    cpu: str
+    """For example POWER8."""
+    name: str
+    """PowerNV, pSeries; POWER where it is not told."""
+
+
+def platform(backend: Backend) -> Platform | None:
+    """What /proc/cpuinfo calls this host; None where it is no POWER."""
     try:
         lines = backend.read_text("/proc/cpuinfo").splitlines()
     except OSError:
-        return "this platform"
+        return None
     found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     cpu = re.match(r"POWER\d+", found.get("cpu", ""))
-    if not cpu:
+    return Platform(cpu[0], found.get("platform", "POWER")) if cpu else None
+
+
+def platform_name(backend: Backend) -> str:
+    """The platform, for messages; POWER7's bridges are IODA1, which has no dynamic windows."""
+    found = platform(backend)
+    if found is None:
         return "this platform"
-    ioda1 = ", IODA1" if cpu[0] == "POWER7" and found.get("platform") == "PowerNV" else ""
-    return f"{cpu[0]} ({found.get('platform', 'POWER')}{ioda1})"
+    ioda1 = ", IODA1" if found == ("POWER7", "PowerNV") else ""
+    return f"{found.cpu} ({found.name}{ioda1})"
 
 
 def no_module(error: OSError) -> tuple[str, str]:
