@@ -21,7 +21,7 @@ from .options import Options, common, pci_address
 _PLATFORMS = ("power8", "power9", "power10", "pseries", "power7")
 _HOST_PAGES = {"4K": 4096, "64K": 65536}
 _UNITS = "KMGTPE"
-_NO_DDW = "the platform has no Dynamic DMA Windows: its one window is fixed"
+_FIXED = "has no Dynamic DMA Windows: its one window is fixed"
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,10 @@ def _of_machine(backend: Backend, address: str, wanted: int) -> Planned:
         container.attach(opened)
         iommu = container.choose_iommu()
         name = f"{address} on this machine"
-        if not isinstance(iommu, Spapr) or not iommu.info.max_windows:
-            return Planned(name, backend.page_size, [], f"{_NO_DDW} ({iommu.name})")
+        if not isinstance(iommu, Spapr):
+            return Planned(name, backend.page_size, [], f"{iommu.name} has no DMA windows of sPAPR")
+        if not iommu.info.max_windows:
+            return Planned(name, backend.page_size, [], f"{platform_name(backend)} {_FIXED} ({iommu.name})")
         info = iommu.info
         memory = _memory(backend) if info.levels == 1 else None
         planned = tce.plan(wanted, info.page_sizes, info.levels, backend.page_size, memory)
@@ -153,7 +155,7 @@ def _of_platform(name: str, wanted: int, host_page: int | None, memory: int | No
     page = host_page or described.platform.page_size
     iommu = described.iommu
     if not iommu.dynamic_windows:
-        return Planned(name, page, [], _NO_DDW)
+        return Planned(name, page, [], f"{described.platform.cpu} {_FIXED}")
     sizes = [1 << shift for shift in range(64) if iommu.page_sizes >> shift & 1]
     return Planned(name, page, tce.plan(wanted, sizes, iommu.levels, page, memory))
 

@@ -181,7 +181,13 @@ def test_without_an_address_the_host_page_the_limit_and_the_firmware_of_this_hos
 def test_power7_says_that_its_window_is_fixed() -> None:
     _, result = on_machine("fake:power7", "--size", "1G")
     assert result.exit_code == 0
-    assert "no Dynamic DMA Windows: its one window is fixed (sPAPR TCE v1)" in result.stdout
+    why = "POWER7 (PowerNV, IODA1) has no Dynamic DMA Windows: its one window is fixed (sPAPR TCE v1)"
+    assert why in result.stdout
+
+
+def test_pc_has_no_windows() -> None:
+    _, result = on_machine("fake:x86", "--size", "1G")
+    assert (result.exit_code, result.stdout.splitlines()[1]) == (0, "  Type1v2 has no DMA windows of sPAPR")
 
 
 def test_device_that_cannot_be_opened_is_an_error() -> None:
