@@ -139,7 +139,7 @@ def test_process_is_the_one_that_it_is(machine, backend):
     real = remote.from_url(remote_url.make(str(machine.path)))
     assert real.readlink("/proc/self") == str(os.getpid())
     assert f"Uid:\t{os.getuid()}\t" in real.read_text("/proc/self/status")
-    assert "pytest" in real.read_text("/proc/self/cmdline")
+    assert real.read_text("/proc/self/cmdline") == Path("/proc/self/cmdline").read_text()
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     assert real.locked().limit == (None if soft == resource.RLIM_INFINITY else soft)
     real.exit()
