@@ -50,6 +50,30 @@ def test_host_with_fewer_vectors_is_an_error_that_tells_how_many(disk, backend, 
     assert descriptors() == before
 
 
+def test_host_with_fewer_vectors_does_not_arm_them_again_until_it_has_them(disk, backend, monkeypatch):
+    real = backend.ioctl
+    with disk.msix.enable(4) as vectors:
+        disk.msix.suspend()
+        with monkeypatch.context() as patch:
+            patch.setattr(backend, "ioctl", lambda *words: 3 if words[1] == uapi.VFIO_DEVICE_SET_IRQS else real(*words))
+            with pytest.raises(errors.NoInterrupt, match="the host can give 3 of 4 vectors") as caught:
+                disk.msix.rearm()
+        assert caught.value.errno == errno.ENOSPC
+        assert disk.msix.rearm() == 4
+        disk.msix.trigger(0, 4)
+        assert [vector.take() for vector in vectors] == [1, 1, 1, 1]
+
+
+def test_interrupt_that_the_kernel_does_not_disable_is_an_error_and_its_eventfds_stay(disk, backend):
+    with disk.msix.enable(2) as vectors:
+        backend.machine.hooks.fail("VFIO_DEVICE_SET_IRQS", errno.EIO)
+        with pytest.raises(errors.NoInterrupt, match="cannot disable MSI-X") as caught:
+            disk.msix.rearm()
+        assert caught.value.errno == errno.EIO
+        disk.msix.trigger(0, 2)
+        assert [vector.take() for vector in vectors] == [1, 1]
+
+
 def test_kernel_that_claims_to_add_vectors_and_refuses_leaves_those_that_were(disk):
     disk.msix.flags &= ~uapi.VFIO_IRQ_INFO_NORESIZE
     assert disk.msix.resizable

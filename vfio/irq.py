@@ -44,6 +44,7 @@ _NAMES = {
     uapi.VFIO_PCI_REQ_IRQ_INDEX: "REQ",
 }
 _EFD = os.EFD_CLOEXEC | os.EFD_NONBLOCK
+_TRIGGER_BY_EVENTFD = uapi.VFIO_IRQ_SET_DATA_EVENTFD | uapi.VFIO_IRQ_SET_ACTION_TRIGGER
 _UNMASK_BY_EVENTFD = uapi.VFIO_IRQ_SET_DATA_EVENTFD | uapi.VFIO_IRQ_SET_ACTION_UNMASK
 
 
@@ -284,8 +285,7 @@ class Irq:
                 # powernv would let them go astray, as writes to bus address 0.
                 return
             what = f"cannot disable vector {vector.number} of {self}"
-            flags = uapi.VFIO_IRQ_SET_DATA_EVENTFD | uapi.VFIO_IRQ_SET_ACTION_TRIGGER
-            self._set(flags, vector.number, 1, _descriptors([-1]), what)
+            self._set(_TRIGGER_BY_EVENTFD, vector.number, 1, _descriptors([-1]), what)
         finally:
             vector.release()
 
@@ -294,21 +294,43 @@ class Irq:
         vectors: list[Vector] = []
         try:
             vectors += (Vector(self, number) for number in range(start, start + count))
-            data = _descriptors([*(vector.fileno() for vector in vectors), *[-1] * spare])
-            flags = uapi.VFIO_IRQ_SET_DATA_EVENTFD | uapi.VFIO_IRQ_SET_ACTION_TRIGGER
-            answer = self._set(flags, start, count + spare, data, what)
-            if answer > 0:
-                raise errors.NoInterrupt(
-                    what,
-                    f"the host can give {answer} of {start + count + spare} vectors",
-                    "ask for fewer",
-                    errno.ENOSPC,
-                )
+            self._signal([*(vector.fileno() for vector in vectors), *[-1] * spare], start, what)
         except BaseException:
             for vector in vectors:
                 vector.release()
             raise
         return vectors
+
+    def _signal(self, fds: list[int], start: int, what: str, remedy: str = "ask for fewer") -> None:
+        """Deliver the interrupts from `start` on to these eventfds; -1 is none."""
+        answer = self._set(_TRIGGER_BY_EVENTFD, start, len(fds), _descriptors(fds), what)
+        if answer > 0:
+            why = f"the host can give {answer} of {start + len(fds)} vectors"
+            raise errors.NoInterrupt(what, why, remedy, errno.ENOSPC)
+
+    def suspend(self) -> None:
+        """Disable it in the kernel, and keep the eventfds for `rearm`; harmless when the kernel has it disabled."""
+        try:
+            self._switch_off()
+        except errors.NoInterrupt as error:
+            if error.errno != errno.EINVAL:  # which says that it is disabled already
+                raise
+
+    def rearm(self) -> int:
+        """Disable it in the kernel, and enable it again as it was: the same vectors, the same eventfds, whose counts stay.
+
+        For a device that has lost what was set up, as by a reset.  Returns how many eventfds are delivered to: 0 where
+        it is not enabled.  Raises `errors.NoInterrupt`; it can be called again then, or `disable`.
+        """
+        if self._vectors is None:
+            return 0
+        what = f"cannot enable {self} again"
+        fds = {vector.number: vector.fileno() for vector in self._vectors}
+        self.suspend()
+        self._signal([fds.get(number, -1) for number in range(self._vectors.room)], 0, what, remedy="")
+        if self._resample is not None:
+            self._set(_UNMASK_BY_EVENTFD, 0, 1, _descriptors([self._resample.fileno()]), what)
+        return len(fds)
 
     def disable(self) -> None:
         """Disable, and close the eventfds; harmless when it is not enabled."""
@@ -317,12 +339,14 @@ class Irq:
         vectors, self._vectors = self._vectors, None
         resample, self._resample = self._resample, None
         try:
-            self._set(
-                uapi.VFIO_IRQ_SET_DATA_NONE | uapi.VFIO_IRQ_SET_ACTION_TRIGGER, 0, 0, b"", f"cannot disable {self}"
-            )
+            self._switch_off()
         finally:
             for each in (*vectors, *([resample] if resample else [])):
                 each.release()
+
+    def _switch_off(self) -> None:
+        flags = uapi.VFIO_IRQ_SET_DATA_NONE | uapi.VFIO_IRQ_SET_ACTION_TRIGGER
+        self._set(flags, 0, 0, b"", f"cannot disable {self}")
 
     def trigger(self, start: int = 0, count: int = 1) -> None:
         """Signal the eventfds of `count` vectors from `start`, as if the device had interrupted: a loopback test."""

@@ -226,6 +226,41 @@ def test_resampling_needs_intx_and_is_there_once(device):
     assert descriptors() == before
 
 
+@pytest.mark.lab_only
+def test_vectors_are_armed_again_with_the_eventfds_and_counts_that_they_have(endpoint):
+    with endpoint.msix.enable(3, room=5) as vectors:
+        kept = [vector.fileno() for vector in vectors]
+        endpoint.msix.trigger(0, 3)
+        vectors[1].close()
+        assert endpoint.msix.rearm() == 2
+        endpoint.msix.trigger(0, 5)
+        assert taken(vectors) == [2, 2]
+        assert [vector.fileno() for vector in vectors] == [kept[0], kept[2]]
+        assert vectors.add(4).number == 4  # the room is there as before
+        endpoint.msix.suspend()
+        endpoint.msix.suspend()
+        with pytest.raises(errors.NoInterrupt) as caught:
+            endpoint.msix.trigger()
+        assert caught.value.errno == errno.EINVAL
+        assert endpoint.msix.rearm() == 3
+        endpoint.msix.trigger(4)
+        assert taken(vectors) == [0, 0, 1]
+    assert endpoint.msix.rearm() == 0
+    assert not endpoint.msix.enabled
+
+
+def test_intx_is_armed_again_with_what_unmasks_it(device, edu_driver):
+    with device.intx.enable() as vector, device.intx.resample() as resample:
+        assert device.intx.rearm() == 1
+        edu_driver.interrupt()
+        assert vector.wait(2) == 1
+        edu_driver.acknowledge()
+        resample.fire()
+        edu_driver.interrupt()
+        assert vector.wait(2) == 1
+        edu_driver.acknowledge()
+
+
 def test_intx_without_its_vector_stays_enabled_and_silent(device, edu_driver):
     with device.intx.enable() as vectors:
         vectors[0].close()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
 from collections.abc import Iterator, MutableMapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Protocol
@@ -21,7 +20,6 @@ from vfio.iommu.spapr_v2 import SpaprTceV2
 if TYPE_CHECKING:
     from vfio.device import Device
     from vfio.iommu.window import DmaWindow
-    from vfio.irq import Irq
 
 _STATUS = 0x06
 _IDENTITY = slice(0x08, 0x0C)
@@ -81,7 +79,7 @@ class Opened:
         """Disable INTx: the end of a reset lets the line through while VFIO takes it for masked, and a line that is up
         and that nobody answers for is switched off by the host for good (pci_reenable_device)."""
         if self.device.intx.enabled:
-            _disable(self.device.intx)
+            self.device.intx.suspend()
 
     def put_back(self) -> Iterator[str]:
         """Write registers back and enable interrupts again; tells each."""
@@ -186,40 +184,11 @@ def interrupts(device: Device) -> Iterator[str]:
     """Disable and enable again what was enabled, with the same eventfds; tells each."""
     for irq in device.irqs():
         if irq.enabled and irq.index in _CLEARED:
-            yield f"{irq}: {rearm(irq)} eventfds"
+            yield f"{irq}: {irq.rearm()} eventfds"
 
 
 _CLEARED = (uapi.VFIO_PCI_INTX_IRQ_INDEX, uapi.VFIO_PCI_MSI_IRQ_INDEX, uapi.VFIO_PCI_MSIX_IRQ_INDEX)
 """ERR and REQ are the host's own and survive."""
-
-
-def rearm(irq: Irq) -> int:
-    """Disable, and enable again with the same eventfds, whose counts stay; how many there are."""
-    vectors, resample = irq._vectors, irq._resample
-    if vectors is None:
-        return 0
-    what = f"cannot enable {irq} again"
-    fds = {vector.number: vector.fileno() for vector in vectors}
-    data = b"".join(fds.get(n, -1).to_bytes(4, sys.byteorder, signed=True) for n in range(vectors.room))
-    trigger, by_eventfd = uapi.VFIO_IRQ_SET_ACTION_TRIGGER, uapi.VFIO_IRQ_SET_DATA_EVENTFD
-    _disable(irq)
-    answer = irq._set(by_eventfd | trigger, 0, vectors.room, data, what)
-    if answer > 0:
-        raise errors.NoInterrupt(what, f"the host can give {answer} of {vectors.room} vectors", "", errno.ENOSPC)
-    if resample is not None:
-        fd = resample.fileno().to_bytes(4, sys.byteorder)
-        irq._set(by_eventfd | uapi.VFIO_IRQ_SET_ACTION_UNMASK, 0, 1, fd, what)
-    return len(fds)
-
-
-def _disable(irq: Irq) -> None:
-    """Disable it in the kernel, and keep its eventfds."""
-    flags = uapi.VFIO_IRQ_SET_DATA_NONE | uapi.VFIO_IRQ_SET_ACTION_TRIGGER
-    try:
-        irq._set(flags, 0, 0, b"", f"cannot disable {irq}")
-    except errors.NoInterrupt as error:
-        if error.errno != errno.EINVAL:  # which says that it is disabled already
-            raise
 
 
 def memory(device: Device) -> str:
