@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vfio import topology
+from vfio import topology, topology_device, topology_iommu
 from vfio.topology import TopologyError, Window
 
 GOOD = """\
@@ -427,7 +427,8 @@ def test_example_uses_every_key() -> None:
     """It is the format's description, so what it lacks nobody finds."""
     source = Path(topology.__file__).parent.joinpath("topologies", "example.toml").read_text()
     keys = set(re.findall(r"([a-z_0-9]+) =", source))
-    read = set(re.findall(r'table\.[a-z_]+\("([a-z_0-9]+)"', Path(topology.__file__).read_text()))
+    readers = "".join(Path(each.__file__).read_text() for each in (topology, topology_device, topology_iommu))
+    read = set(re.findall(r'table\.[a-z_]+\("([a-z_0-9]+)"', readers))
     for_qemu = {"type", "devices", "index", "slot", "root_port", "properties", "drive"}
     not_power = {"ranges", "aperture_bits", "msi_banks", "cpus"}  # x86.toml and p4080.toml describe these
     assert keys - {"description"} == read - for_qemu - not_power

@@ -85,6 +85,12 @@ class Table:
             raise self.error(key, f"{value:#x} is not in {minimum:#x}..{maximum:#x}")
         return int(value)
 
+    def power_of_two(self, key: str, minimum: int) -> int:
+        size = self.integer(key, minimum)
+        if size.bit_count() != 1:
+            raise self.error(key, f"{size:#x} is not a power of two")
+        return size
+
     def boolean(self, key: str) -> bool:
         return bool(self._take(key, bool, "true or false"))
 
