@@ -33,7 +33,16 @@ from hwtests.devices import (  # noqa: E402
     two_edus,
 )
 from hwtests.processes import another_process, fork, killed_by  # noqa: E402
-from simtests.conformance.fixtures import area, kernel_messages, other_program, program, v1, v2  # noqa: E402
+from simtests.conformance.fixtures import (  # noqa: E402
+    area,
+    kernel_messages,
+    native,
+    other_program,
+    program,
+    runs_on,
+    v1,
+    v2,
+)
 
 if TYPE_CHECKING:
     from hwtests.lab.targets import System
@@ -54,6 +63,7 @@ __all__ = [  # fixtures, found here by name
     "load_driver",
     "member",
     "mixed",
+    "native",
     "other_program",
     "program",
     "second",
@@ -100,6 +110,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "lab_only: hostile, or needs the emulated machine; never run on a real host",
         "needs_edu: drives QEMU's edu device; skipped with a real device",
         "targets(name, ...): only for these targets of the lab",
+        "power: about what only POWER has: sPAPR TCE, EEH, PAPR; not for q35",
         "leaks: leaves something held on purpose, in a process of its own",
         "not_recorded(reason): does what no transcript can hold",
         "fresh: needs the machine as it boots, and so comes first",
@@ -179,9 +190,9 @@ def _wanted(config: pytest.Config, item: pytest.Item) -> bool:
     from hwtests.lab.pytest_lab import target_of
 
     target = target_of(item)
-    if target == "q35" and not marks:  # what names no target is about POWER
-        return False
-    return all(target in mark.args for mark in marks)
+    if target == "q35" and not marks and not item.path.name.startswith("test_conformance_"):
+        return False  # what is no conformance case and names no target is about POWER
+    return runs_on(item, target)
 
 
 def _identity(address: str) -> str:

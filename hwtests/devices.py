@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -28,7 +29,8 @@ from vfio.backends import kernel
 if TYPE_CHECKING:
     from hwtests.lab.targets import System
 
-_DELETE_MODULE = 129  # delete_module(2) on POWER
+_X86 = platform.machine() == "x86_64"
+_DELETE_MODULE = 176 if _X86 else 129  # delete_module(2)
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -129,7 +131,7 @@ def load_driver(backend: vfio.Backend) -> Iterator[Callable[[str], None]]:
 class IommuModule:
     """modprobe of the module with VFIO's IOMMU driver."""
 
-    _name = "vfio_iommu_spapr_tce"
+    _name = "vfio_iommu_type1" if _X86 else "vfio_iommu_spapr_tce"
 
     def unload(self) -> str | None:
         """None, or the errno: EAGAIN while a container uses it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,16 @@ import vfio
 import vfio.drivers.edu
 from simtests.conformance import modules
 from simtests.conformance.areas import Area
-from simtests.conformance.fixtures import area, kernel_messages, other_program, program, v1, v2
+from simtests.conformance.fixtures import (
+    area,
+    kernel_messages,
+    native,
+    other_program,
+    program,
+    runs_on,
+    v1,
+    v2,
+)
 from simtests.conformance.freezing import Freezer
 from simtests.conformance.processes import another_process, fork
 from simtests.conformance.raw import Member
@@ -30,21 +40,24 @@ __all__ = [
     "area",
     "fork",
     "kernel_messages",
+    "native",
     "other_program",
     "program",
     "v1",
     "v2",
 ]  # fixtures, found here by name
 
+_HERE = Path(__file__).parent
 _TARGETS = {
     "power8": "powernv8",
     "power8?page_size=65536": "powernv8-64k",
     "power9": "powernv9",
     "pseries": "pseries",
     "power8?kernel=7.2": "powernv8",
+    "x86": "q35",
 }
 """Presets of the fake, and which target of the lab each is like."""
-_FOR_SOME = {"siblings": "siblings", "x86": "q35"}
+_FOR_SOME = {"siblings": "siblings"}
 """Those for the cases that name them alone."""
 
 _SERVED = ("power8", "power8?page_size=65536", "pseries")
@@ -68,6 +81,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for mark in (
         "targets(name, ...): only where the machine is like one of these targets of the lab",
         "lab_only: hostile, or needs the emulated machine; never run on a real host",
+        "power: about what only POWER has: sPAPR TCE, EEH, PAPR",
         "needs_edu: drives QEMU's edu device",
         "leaks: leaves something held on purpose; the machine is not looked at afterwards",
         "not_recorded(reason): does what no transcript can hold",
@@ -76,17 +90,33 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", mark)
 
 
+def _params(item: pytest.Item) -> dict[str, str]:
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def _like(name: str) -> str:
+    """The target of the lab that fake:PRESET, or unix:PRESET, is like."""
+    return (_TARGETS | _FOR_SOME)[name.partition(":")[2]]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "target" in metafunc.fixturenames:
-        marks = [set(mark.args) for mark in metafunc.definition.iter_markers("targets")]
-        presets = _TARGETS | _FOR_SOME if marks else _TARGETS
+        marked = metafunc.definition.get_closest_marker("targets")
+        presets = _TARGETS | _FOR_SOME if marked else _TARGETS
         everywhere = [f"fake:{preset}" for preset in presets] + [f"unix:{preset}" for preset in _SERVED]
         if "fork" in metafunc.fixturenames:  # a machine in this process would be forked as well
             everywhere = [name for name in everywhere if name.startswith("unix:")]
         if "freezer" in metafunc.fixturenames:  # which has the machine's clock in hand
             everywhere = [name for name in everywhere if name.startswith("fake:")]
-        chosen = [name for name in everywhere if all(presets[name[5:]] in names for names in marks)]
-        metafunc.parametrize("target", chosen, indirect=True, ids=chosen)
+        metafunc.parametrize("target", everywhere, indirect=True, ids=everywhere)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    here = [item for item in items if item.path.is_relative_to(_HERE) and "target" in _params(item)]
+    left_out = {item for item in here if not runs_on(item, _like(_params(item)["target"]))}
+    if left_out:
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture
@@ -96,7 +126,7 @@ def target(request: pytest.FixtureRequest) -> FakeTarget:
     machine = _described(preset)
     served = request.getfixturevalue("servers")(preset) if scheme == "unix" else None
     return FakeTarget(
-        (_TARGETS | _FOR_SOME)[preset],
+        _like(request.param),
         _url(preset),
         served,
         machine.page_size,

@@ -3,22 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from simtests.conformance.areas import Area
 from simtests.conformance.freezing import KernelMessages
-from simtests.conformance.raw import V1, V2, Container, Member, Program
+from simtests.conformance.raw import TYPE1, TYPE1_V2, V1, V2, Container, Member, Program, iommu_types
 from vfio.backend import Backend
 
-__all__ = ["area", "kernel_messages", "other_program", "program", "v1", "v2"]
+if TYPE_CHECKING:
+    from hwtests.lab.targets import System
+    from simtests.conformance.conftest import FakeTarget
+
+__all__ = [
+    "EVERY_TYPE",
+    "PC",
+    "POWER",
+    "area",
+    "kernel_messages",
+    "native",
+    "other_program",
+    "program",
+    "runs_on",
+    "v1",
+    "v2",
+]
+
+POWER = pytest.mark.power
+PC = pytest.mark.targets("q35")
+EVERY_TYPE = [
+    *(pytest.param(number, marks=POWER) for number in (V1, V2)),
+    *(pytest.param(number, marks=PC) for number in (TYPE1, TYPE1_V2)),
+]
+"""The IOMMU types that a container can have, each where there are machines that have it."""
+
+
+def runs_on(item: pytest.Item, target: str) -> bool:
+    """Whether a case is for a target of the lab: for those that its marks name, and for q35 if it is not about POWER."""
+    if target == "q35" and item.get_closest_marker("power"):
+        return False
+    return all(target in mark.args for mark in item.iter_markers("targets"))
 
 
 @pytest.fixture
-def program(backend: Backend) -> Iterator[Program]:
+def program(backend: Backend, target: System | FakeTarget) -> Iterator[Program]:
     """This process, making raw calls.  Nothing is open or locked before, nor after."""
-    program = Program(backend)
+    program = Program(backend, iommu_types(target.platform))
     assert program.locked == 0
     yield program
     program.close_all()
@@ -37,6 +68,12 @@ def v2(program: Program, member: Member) -> Container:
 
 
 @pytest.fixture
+def native(program: Program, member: Member) -> Container:
+    """A container with one group, of the machine's own IOMMU model: sPAPR TCE v2 on POWER, Type1v2 on a PC."""
+    return program.attached(member)
+
+
+@pytest.fixture
 def area(backend: Backend) -> Iterator[Callable[..., Area]]:
     """Makes ranges of host pages, with what the seam has no calls for: holes and rights."""
     made: list[Area] = []
@@ -51,13 +88,13 @@ def area(backend: Backend) -> Iterator[Callable[..., Area]]:
 
 
 @pytest.fixture
-def other_program(another_process: Callable[..., Any]) -> Callable[..., Program]:
+def other_program(another_process: Callable[..., Any], target: System | FakeTarget) -> Callable[..., Program]:
     """Starts other processes that make raw calls; they exit when the case ends.
 
     Options: `uid`, `groups` (in which it is; None: the user's own alone), `memlock` (RLIMIT_MEMLOCK, bytes), `ipc_lock`
     (CAP_IPC_LOCK; None: as root has it).
     """
-    return lambda **options: Program(another_process(**options))
+    return lambda **options: Program(another_process(**options), iommu_types(target.platform))
 
 
 @pytest.fixture

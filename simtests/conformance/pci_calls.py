@@ -49,9 +49,18 @@ class RawDevice:
         self.container = backend.open("/dev/vfio/vfio", os.O_RDWR)
         self.group = backend.open(sysfs.node(group_number(backend, address)), os.O_RDWR)
         backend.ioctl(self.group, uapi.VFIO_GROUP_SET_CONTAINER, int32(self.container))
-        backend.ioctl(self.container, uapi.VFIO_SET_IOMMU, uapi.VFIO_SPAPR_TCE_v2_IOMMU)
+        self._set_iommu()
         self.fd = self.open_again()
         self._descriptors = [self.container, self.group, self.fd]
+
+    def _set_iommu(self) -> None:
+        """sPAPR v2, or Type1v2 where nobody has that."""
+        try:
+            self.backend.ioctl(self.container, uapi.VFIO_SET_IOMMU, uapi.VFIO_SPAPR_TCE_v2_IOMMU)
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise
+            self.backend.ioctl(self.container, uapi.VFIO_SET_IOMMU, uapi.VFIO_TYPE1v2_IOMMU)
 
     def open_again(self) -> int:
         """One more descriptor of the device."""

@@ -23,8 +23,16 @@ NOWHERE = 0x1000
 """An address where a process has nothing: every kernel keeps the lowest addresses free."""
 READ, WRITE = uapi.VFIO_DMA_MAP_FLAG_READ, uapi.VFIO_DMA_MAP_FLAG_WRITE
 V1, V2 = uapi.VFIO_SPAPR_TCE_IOMMU, uapi.VFIO_SPAPR_TCE_v2_IOMMU
+TYPE1, TYPE1_V2 = uapi.VFIO_TYPE1_IOMMU, uapi.VFIO_TYPE1v2_IOMMU
 SECOND_WINDOW = 1 << 59
 """Bus address of the window in the second slot."""
+_PINNED_AT = 0x4000_0000
+"""Where `Container.pin` maps on Type1."""
+
+
+def iommu_types(platform: str) -> tuple[int, int]:
+    """The two versions of the IOMMU model that machines of this platform have, the older one first."""
+    return (TYPE1, TYPE1_V2) if platform == "PC" else (V1, V2)
 
 
 def answer(call: Callable[..., Any], *arguments: object) -> Any:
@@ -62,10 +70,14 @@ class Member:
 
 
 class Program:
-    """A process that makes calls.  What it has left open is closed by `close_all`."""
+    """A process that makes calls.  What it has left open is closed by `close_all`.
 
-    def __init__(self, backend: Backend) -> None:
+    `native` is the IOMMU type that programs choose on this machine, `older` the first version of the same model.
+    """
+
+    def __init__(self, backend: Backend, types: tuple[int, int] = (V1, V2)) -> None:
         self.backend = backend
+        self.older, self.native = types
         self.page = backend.page_size
         self._files: list[int] = []
         self._rest: list[Mapping | Memory] = []
@@ -136,11 +148,11 @@ class Program:
 
     # --- what most cases begin with ---
 
-    def attached(self, member: Member, iommu: int) -> Container:
-        """A container of that IOMMU type with the group of `member` in it."""
+    def attached(self, member: Member, iommu: int | None = None) -> Container:
+        """A container of that IOMMU type, or of the native one, with the group of `member` in it."""
         container, group = self.container(), self.group(member)
         assert group.set_container(container.fd) == 0
-        assert container.set_iommu(iommu) == 0
+        assert container.set_iommu(self.native if iommu is None else iommu) == 0
         container.group = group
         return container
 
@@ -197,6 +209,22 @@ class Container:
 
     def set_iommu(self, number: int) -> int:
         return self.ioctl(uapi.VFIO_SET_IOMMU, number)
+
+    def pin(self, vaddr: int, size: int) -> int:
+        """Have memory counted and held: sPAPR v2 registers it, which it must be before `map`; Type1 maps it elsewhere."""
+        if self.program.native == V2:
+            return self.register(vaddr, size)
+        return self.map(vaddr, _PINNED_AT, size)
+
+    def unpin(self, vaddr: int, size: int) -> int:
+        """Undo `pin`."""
+        return self.unregister(vaddr, size) if self.program.native == V2 else self.unmap(_PINNED_AT, size)
+
+    def asks(self) -> int:
+        """What VFIO_IOMMU_(SPAPR_TCE_)GET_INFO answers."""
+        if self.program.native == V2:
+            return self.get_info(uapi.buffer(uapi.vfio_iommu_spapr_tce_info()))
+        return self.ioctl(uapi.VFIO_IOMMU_GET_INFO, uapi.buffer(uapi.vfio_iommu_type1_info()))
 
     # --- sPAPR TCE ---
 

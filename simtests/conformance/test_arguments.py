@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from simtests.conformance.raw import NOWHERE, answer, foreign, other_directions
+from simtests.conformance.fixtures import PC, POWER
+from simtests.conformance.raw import NOWHERE, V2, answer, foreign, other_directions
 from vfio import uapi
 
 STRUCTS = {
@@ -17,20 +18,32 @@ STRUCTS = {
     "VFIO_IOMMU_SPAPR_UNREGISTER_MEMORY": 24,
     "VFIO_IOMMU_SPAPR_TCE_CREATE": 40,
     "VFIO_IOMMU_SPAPR_TCE_REMOVE": 16,
+    "VFIO_IOMMU_GET_INFO": 16,
+    "VFIO_IOMMU_DIRTY_PAGES": 8,
 }
 """Requests with a struct, and how many of its bytes the kernel copies first."""
-ANSWERING = ("VFIO_GROUP_GET_STATUS", "VFIO_IOMMU_SPAPR_TCE_GET_INFO")
+ANSWERING = ("VFIO_GROUP_GET_STATUS", "VFIO_IOMMU_SPAPR_TCE_GET_INFO", "VFIO_IOMMU_GET_INFO")
 """Those whose flags are an answer."""
+TYPE1_CAPABILITIES = 96
+"""Bytes of what Type1 has to say behind its info."""
 
-every_struct = pytest.mark.parametrize(("name", "minsz"), STRUCTS.items(), ids=STRUCTS)
+
+def marks(name):
+    """Where a request is one."""
+    return POWER if "SPAPR" in name else PC if name in ("VFIO_IOMMU_GET_INFO", "VFIO_IOMMU_DIRTY_PAGES") else ()
+
+
+every_struct = pytest.mark.parametrize(
+    ("name", "minsz"), [pytest.param(*each, marks=marks(each[0])) for each in STRUCTS.items()], ids=STRUCTS
+)
 
 
 @pytest.fixture
-def enabled(v2, program):
+def enabled(native, program):
     """A container that takes every request: some memory is registered, which enables it and makes it ours."""
     memory = program.memory(program.page)
-    assert v2.register(memory.address, memory.length) == 0
-    return v2
+    assert native.pin(memory.address, memory.length) == 0
+    return native
 
 
 def call(container, name, argument):
@@ -65,15 +78,16 @@ def test_argsz_below_the_minimum_raises_einval_and_writes_nothing(program, enabl
 
 
 def test_larger_argsz_is_accepted_and_what_is_behind_the_struct_is_left_alone(program, enabled):
-    for name, size in zip(ANSWERING, (8, 32), strict=True):
+    for name, size in (ANSWERING[0], 8), (ANSWERING[1], 32) if program.native == V2 else (ANSWERING[2], 24):
         data = bytearray((64).to_bytes(4, "little") + b"\xa5" * 60)
         assert call(enabled, name, data) == 0
-        assert data[:4] == (64).to_bytes(4, "little")
+        wanted = 64 if name != ANSWERING[2] else 24 + TYPE1_CAPABILITIES  # for which there is no room
+        assert data[:4] == wanted.to_bytes(4, "little")
         assert data[size:] == b"\xa5" * (64 - size)
         assert data[4:8] != b"\xa5" * 4
 
 
-VALID = {
+SPAPR_VALID = {
     "VFIO_IOMMU_MAP_DMA": uapi.vfio_iommu_type1_dma_map(flags=3, iova=0x100000, size=0),
     "VFIO_IOMMU_UNMAP_DMA": uapi.vfio_iommu_type1_dma_unmap(iova=0x100000, size=4096),
     "VFIO_IOMMU_SPAPR_REGISTER_MEMORY": uapi.vfio_iommu_spapr_register_memory(),
@@ -82,15 +96,20 @@ VALID = {
     "VFIO_IOMMU_SPAPR_TCE_REMOVE": uapi.vfio_iommu_spapr_tce_remove(start_addr=1 << 59),
 }
 """Arguments that are good, but for memory; CREATE comes before REMOVE."""
+TYPE1_VALID = {
+    "VFIO_IOMMU_MAP_DMA": uapi.vfio_iommu_type1_dma_map(flags=3, iova=0x100000),
+    "VFIO_IOMMU_UNMAP_DMA": uapi.vfio_iommu_type1_dma_unmap(iova=0x100000, size=4096),
+    "VFIO_IOMMU_DIRTY_PAGES": uapi.vfio_iommu_type1_dirty_bitmap(flags=uapi.VFIO_IOMMU_DIRTY_PAGES_FLAG_START),
+}
 
 
 def test_larger_argsz_is_accepted_by_every_request_and_nothing_behind_its_struct_is_touched(program, enabled, area):
     memory = program.memory(program.page)
     torn = area(2)
     torn.hole(1)
-    for name, struct in VALID.items():
+    for name, struct in (SPAPR_VALID if program.native == V2 else TYPE1_VALID).items():
         minsz = STRUCTS[name]
-        if "REGISTER" in name:
+        if "REGISTER" in name or (struct is TYPE1_VALID["VFIO_IOMMU_MAP_DMA"]):
             struct.vaddr, struct.size = memory.address, memory.length
         start = program.page - minsz
         torn.write(start, (0xFFFF_FFFF).to_bytes(4, "little") + bytes(uapi.buffer(struct))[4:minsz])
@@ -116,7 +135,9 @@ def test_struct_that_ends_with_its_page_is_enough(program, enabled, area):
 
 
 @pytest.mark.parametrize(
-    ("name", "minsz"), [each for each in STRUCTS.items() if each[0] not in ANSWERING], ids=lambda each: str(each)
+    ("name", "minsz"),
+    [pytest.param(*each, marks=marks(each[0])) for each in STRUCTS.items() if each[0] not in ANSWERING],
+    ids=lambda each: str(each),
 )
 @pytest.mark.parametrize("flags", [4, 8, 0x8000_0000, 0xFFFF_FFFF])
 def test_unknown_flags_raise_einval(program, enabled, name, minsz, flags):
@@ -174,7 +195,7 @@ def test_group_does_not_know_the_requests_of_a_container_nor_of_a_device(program
         assert group.ioctl(uapi.VFIO_GET_API_VERSION + offset, bytearray(64)) == -errno.ENOTTY
 
 
-def test_descriptors_are_closed_on_exec(program, v2, member):
-    device = v2.group.device(member.address)
-    for fd in (v2.fd, v2.group.fd, device):
+def test_descriptors_are_closed_on_exec(program, native, member):
+    device = native.group.device(member.address)
+    for fd in (native.fd, native.group.fd, device):
         assert os.get_inheritable(fd) is False

@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from simtests.conformance.raw import V1, V2
+from simtests.conformance.raw import V2
 from vfio import uapi
 
 VIABLE, CONTAINER_SET = uapi.VFIO_GROUP_FLAGS_VIABLE, uapi.VFIO_GROUP_FLAGS_CONTAINER_SET
@@ -20,14 +20,14 @@ def works(program, device):
     return len(program.backend.pread(device, 4, CONFIG)) == 4
 
 
-def test_device_keeps_its_group_busy_after_the_group_is_closed(program, v2, member, memory):
-    device = v2.group.device(member.address)
-    v2.group.close()
+def test_device_keeps_its_group_busy_after_the_group_is_closed(program, native, member, memory):
+    device = native.group.device(member.address)
+    native.group.close()
     assert program.open(member.node) == -errno.EBUSY
     assert works(program, device)
-    assert v2.register(memory.address, memory.length) == 0
-    assert v2.map(memory.address, 0x100000, memory.length) == 0
-    v2.close()
+    assert native.pin(memory.address, memory.length) == 0
+    assert native.map(memory.address, 0x100000, memory.length) == 0
+    native.close()
     assert works(program, device)
     assert program.open(member.node) == -errno.EBUSY
     assert program.locked > memory.length
@@ -36,75 +36,75 @@ def test_device_keeps_its_group_busy_after_the_group_is_closed(program, v2, memb
     assert program.group(member).status() == VIABLE
 
 
-def test_mapped_bar_keeps_everything_as_the_device_would(program, v2, member):
-    device = v2.group.device(member.address)
+def test_mapped_bar_keeps_everything_as_the_device_would(program, native, member):
+    device = native.group.device(member.address)
     bar = program.mmap(device, program.page, 0)
     program.close(device)
-    assert v2.group.unset_container() == -errno.EBUSY
-    v2.group.close()
+    assert native.group.unset_container() == -errno.EBUSY
+    native.group.close()
     assert program.open(member.node) == -errno.EBUSY
-    v2.close()
+    native.close()
     bar.load(0, 4)
     assert program.open(member.node) == -errno.EBUSY
     bar.close()
     assert program.group(member).status() == VIABLE
 
 
-def test_container_lives_on_behind_its_group(program, v2, member, memory):
-    assert v2.register(memory.address, memory.length) == 0
-    v2.close()
-    assert v2.group.status() == VIABLE | CONTAINER_SET
+def test_container_lives_on_behind_its_group(program, native, member, memory):
+    assert native.pin(memory.address, memory.length) == 0
+    native.close()
+    assert native.group.status() == VIABLE | CONTAINER_SET
     assert program.locked == memory.length
-    assert v2.group.device(member.address) >= 0
-    assert v2.group.set_container(program.container().fd) == -errno.EINVAL
+    assert native.group.device(member.address) >= 0
+    assert native.group.set_container(program.container().fd) == -errno.EINVAL
 
 
-def test_group_leaves_a_container_that_nobody_has_open(program, v2, memory):
-    assert v2.register(memory.address, memory.length) == 0
-    v2.close()
-    assert v2.group.unset_container() == 0
+def test_group_leaves_a_container_that_nobody_has_open(program, native, memory):
+    assert native.pin(memory.address, memory.length) == 0
+    native.close()
+    assert native.group.unset_container() == 0
     assert program.locked == 0
     other = program.container()
-    assert v2.group.set_container(other.fd) == 0
-    assert other.set_iommu(V1) == 0
+    assert native.group.set_container(other.fd) == 0
+    assert other.set_iommu(program.older) == 0
 
 
-def test_closing_the_only_group_unsets_the_container(program, v2, member, memory):
-    assert v2.register(memory.address, memory.length) == 0
-    v2.group.close()
+def test_closing_the_only_group_unsets_the_container(program, native, member, memory):
+    assert native.pin(memory.address, memory.length) == 0
+    native.group.close()
     assert program.locked == 0
-    assert v2.set_iommu(V2) == -errno.EINVAL
-    assert v2.register(memory.address, memory.length) == -errno.EINVAL
+    assert native.set_iommu(program.native) == -errno.EINVAL
+    assert native.pin(memory.address, memory.length) == -errno.EINVAL
     group = program.group(member)
     assert group.status() == VIABLE
-    assert group.set_container(v2.fd) == 0
-    assert v2.set_iommu(V1) == 0
+    assert group.set_container(native.fd) == 0
+    assert native.set_iommu(program.older) == 0
 
 
-def test_group_is_released_with_its_last_duplicate(program, v2, member):
-    again = program.dup(v2.group.fd)
-    v2.group.close()
+def test_group_is_released_with_its_last_duplicate(program, native, member):
+    again = program.dup(native.group.fd)
+    native.group.close()
     assert program.open(member.node) == -errno.EBUSY
     assert program.ioctl(again, uapi.VFIO_GROUP_UNSET_CONTAINER) == 0
     program.close(again)
     assert program.group(member).status() == VIABLE
 
 
-def test_container_is_released_with_its_last_duplicate(program, v2):
-    again = program.dup(v2.fd)
-    v2.close()
-    assert program.ioctl(again, uapi.VFIO_CHECK_EXTENSION, V2) == 1
-    assert program.ioctl(again, uapi.VFIO_SET_IOMMU, V2) == -errno.EINVAL
+def test_container_is_released_with_its_last_duplicate(program, native):
+    again = program.dup(native.fd)
+    native.close()
+    assert program.ioctl(again, uapi.VFIO_CHECK_EXTENSION, program.native) == 1
+    assert program.ioctl(again, uapi.VFIO_SET_IOMMU, program.native) == -errno.EINVAL
 
 
-def test_device_is_released_with_its_last_duplicate(program, v2, member):
-    device = v2.group.device(member.address)
+def test_device_is_released_with_its_last_duplicate(program, native, member):
+    device = native.group.device(member.address)
     again = program.dup(device)
     program.close(device)
     assert works(program, again)
-    assert v2.group.unset_container() == -errno.EBUSY
+    assert native.group.unset_container() == -errno.EBUSY
     program.close(again)
-    assert v2.group.unset_container() == 0
+    assert native.group.unset_container() == 0
 
 
 def test_group_that_was_handed_to_another_process_is_released_by_the_last_one(program, other_program, member):
@@ -119,38 +119,38 @@ def test_group_that_was_handed_to_another_process_is_released_by_the_last_one(pr
 
 def test_process_that_exits_closes_everything(program, other_program, member):
     other = other_program()
-    container = other.attached(member, V2)
+    container = other.attached(member)
     memory = other.memory(other.page)
-    assert container.register(memory.address, memory.length) == 0
+    assert container.pin(memory.address, memory.length) == 0
     assert container.map(memory.address, 0x100000, memory.length) == 0
     assert container.group.device(member.address) >= 0
     other.backend.exit()
-    again = program.attached(member, V2)
+    again = program.attached(member)
     assert again.group.device(member.address) >= 0
 
 
-def test_other_group_keeps_the_iommu_when_one_leaves(program, v2, second, memory):
+def test_other_group_keeps_the_iommu_when_one_leaves(program, native, second, memory):
     group = program.group(second)
-    assert group.set_container(v2.fd) == 0
-    assert v2.register(memory.address, memory.length) == 0
+    assert group.set_container(native.fd) == 0
+    assert native.pin(memory.address, memory.length) == 0
     for _ in range(2):
         assert group.unset_container() == 0
-        assert v2.set_iommu(V2) == -errno.EINVAL
-        assert v2.register(memory.address, memory.length) == -errno.EBUSY
-        assert group.set_container(v2.fd) == 0
-    v2.group.close()
+        assert native.set_iommu(program.native) == -errno.EINVAL
+        assert native.pin(memory.address, memory.length) == -(errno.EBUSY if program.native == V2 else errno.EEXIST)
+        assert group.set_container(native.fd) == 0
+    native.group.close()
     assert program.locked == memory.length
-    assert v2.unregister(memory.address, memory.length) == 0
+    assert native.unpin(memory.address, memory.length) == 0
     group.close()
-    assert v2.unregister(memory.address, memory.length) == -errno.EINVAL
+    assert native.unpin(memory.address, memory.length) == -errno.EINVAL
 
 
 @pytest.mark.parametrize("order", ["cgd", "cdg", "gcd", "gdc", "dcg", "dgc"])
-def test_nothing_is_held_after_any_order_of_closing(program, v2, member, memory, order):
-    device = v2.group.device(member.address)
-    assert v2.register(memory.address, memory.length) == 0
-    assert v2.map(memory.address, 0x100000, memory.length) == 0
+def test_nothing_is_held_after_any_order_of_closing(program, native, member, memory, order):
+    device = native.group.device(member.address)
+    assert native.pin(memory.address, memory.length) == 0
+    assert native.map(memory.address, 0x100000, memory.length) == 0
     for letter in order:
-        program.close({"c": v2.fd, "g": v2.group.fd, "d": device}[letter])
+        program.close({"c": native.fd, "g": native.group.fd, "d": device}[letter])
     assert program.locked == 0
     assert program.group(member).status() == VIABLE

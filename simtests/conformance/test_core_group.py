@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from simtests.conformance.raw import NOWHERE, V1, V2, answer
+from simtests.conformance.raw import NOWHERE, answer
 from vfio import uapi
 
 VIABLE, CONTAINER_SET = uapi.VFIO_GROUP_FLAGS_VIABLE, uapi.VFIO_GROUP_FLAGS_CONTAINER_SET
@@ -39,7 +39,7 @@ def test_group_that_another_process_has_raises_ebusy(program, other_program, mem
 
 def test_group_is_free_when_the_process_that_had_it_exits(program, other_program, member):
     other = other_program()
-    other.attached(member, V2)
+    other.attached(member)
     assert program.open(member.node) == -errno.EBUSY
     other.backend.exit()
     assert program.group(member).status() == VIABLE
@@ -163,8 +163,8 @@ def test_set_container_to_what_is_no_container_raises_ebadfd(program, member):
     assert group.status() == VIABLE
 
 
-def test_set_container_to_a_device_raises_ebadfd(program, v2, member, second):
-    device = v2.group.device(member.address)
+def test_set_container_to_a_device_raises_ebadfd(program, native, member, second):
+    device = native.group.device(member.address)
     assert program.group(second).set_container(device) == -errno.EBADFD
 
 
@@ -177,41 +177,41 @@ def test_unset_container_without_one_raises_einval(program, member):
     assert group.unset_container() == -errno.EINVAL
 
 
-def test_unset_container_with_an_open_device_raises_ebusy(program, v2, member):
-    device = v2.group.device(member.address)
-    assert v2.group.unset_container() == -errno.EBUSY
-    assert v2.group.status() == VIABLE | CONTAINER_SET
+def test_unset_container_with_an_open_device_raises_ebusy(program, native, member):
+    device = native.group.device(member.address)
+    assert native.group.unset_container() == -errno.EBUSY
+    assert native.group.status() == VIABLE | CONTAINER_SET
     program.close(device)
-    assert v2.group.unset_container() == 0
+    assert native.group.unset_container() == 0
 
 
-def test_unset_container_takes_everything_back(program, v2):
+def test_unset_container_takes_everything_back(program, native):
     memory = program.memory(4 * program.page)
-    assert v2.register(memory.address, memory.length) == 0
-    assert v2.map(memory.address, 0x100000, memory.length) == 0
+    assert native.pin(memory.address, memory.length) == 0
+    assert native.map(memory.address, 0x100000, memory.length) == 0
     assert program.locked > memory.length
-    assert v2.group.unset_container() == 0
+    assert native.group.unset_container() == 0
     assert program.locked == 0
-    assert v2.map(memory.address, 0x100000, memory.length) == -errno.EINVAL
+    assert native.map(memory.address, 0x100000, memory.length) == -errno.EINVAL
 
 
-def test_group_joins_a_container_that_has_its_iommu_set(program, v2, second):
+def test_group_joins_a_container_that_has_its_iommu_set(program, native, second):
     group = program.group(second)
-    assert group.set_container(v2.fd) == 0
+    assert group.set_container(native.fd) == 0
     assert group.status() == VIABLE | CONTAINER_SET
     assert group.unset_container() == 0
-    assert v2.set_iommu(V2) == -errno.EINVAL
-    assert group.set_container(v2.fd) == 0
+    assert native.set_iommu(program.native) == -errno.EINVAL
+    assert group.set_container(native.fd) == 0
 
 
 def test_two_groups_join_before_the_iommu_is_set(program, member, second):
     container, groups = program.container(), [program.group(each) for each in (member, second)]
     for group in groups:
         assert group.set_container(container.fd) == 0
-    assert container.set_iommu(V2) == 0
+    assert container.set_iommu(program.native) == 0
     for group in groups:
         assert group.unset_container() == 0
-    assert container.set_iommu(V2) == -errno.EINVAL
+    assert container.set_iommu(program.native) == -errno.EINVAL
 
 
 # --- devices ---
@@ -233,8 +233,8 @@ def test_unknown_device_raises_enodev_even_without_a_container(program, member):
     assert group.device("0fff:1f:1f.7") == -errno.ENODEV
 
 
-def test_device_opens_several_times(program, v2, member):
-    fds = [v2.group.device(member.address) for _ in range(3)]
+def test_device_opens_several_times(program, native, member):
+    fds = [native.group.device(member.address) for _ in range(3)]
     assert min(fds) >= 0
     assert len(set(fds)) == 3
     config = 7 << 40
@@ -242,23 +242,23 @@ def test_device_opens_several_times(program, v2, member):
     assert program.backend.pread(fds[2], 1, config + 0x3C) == b"\x5a"  # one device behind all of them
 
 
-def test_device_descriptor_is_an_anonymous_file_for_reading_and_writing(program, v2, member):
-    fd = v2.group.device(member.address)
+def test_device_descriptor_is_an_anonymous_file_for_reading_and_writing(program, native, member):
+    fd = native.group.device(member.address)
     assert program.backend.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[vfio-device]"
     assert fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
 
 
 @pytest.mark.parametrize("spaces", [1, 5])
-def test_spaces_behind_the_name_do_not_matter(v2, member, spaces):
-    assert v2.group.device(member.address + " " * spaces) >= 0
+def test_spaces_behind_the_name_do_not_matter(native, member, spaces):
+    assert native.group.device(member.address + " " * spaces) >= 0
 
 
 @pytest.mark.parametrize(
     "name", ["", " ", "{0}x", "x{0}", " {0}", "{0}\n", "{0}0", "{1}", "{2}", "0000", "0000:ff:1f.7", "vf_token={0}"]
 )
-def test_name_that_is_not_the_devices_raises_enodev(v2, member, name):
+def test_name_that_is_not_the_devices_raises_enodev(native, member, name):
     short, prefix = member.address.partition(":")[2], member.address[:-1]
-    assert v2.group.device(name.format(member.address, short, prefix)) == -errno.ENODEV
+    assert native.group.device(name.format(member.address, short, prefix)) == -errno.ENODEV
 
 
 @pytest.mark.parametrize(
@@ -273,30 +273,30 @@ def test_name_that_is_not_the_devices_raises_enodev(v2, member, name):
         "vf_token=00112233-4455-6677-8899-aabbccddeeff vf_token=00112233-4455-6677-8899-aabbccddeeff",
     ],
 )
-def test_options_that_are_unknown_or_not_for_this_device_raise_einval(v2, member, options):
-    assert v2.group.device(f"{member.address} {options}") == -errno.EINVAL
+def test_options_that_are_unknown_or_not_for_this_device_raise_einval(native, member, options):
+    assert native.group.device(f"{member.address} {options}") == -errno.EINVAL
 
 
-def test_device_of_another_group_raises_enodev(v2, second):
-    assert v2.group.device(second.address) == -errno.ENODEV
+def test_device_of_another_group_raises_enodev(native, second):
+    assert native.group.device(second.address) == -errno.ENODEV
 
 
 @pytest.mark.targets("powernv8", "powernv8-64k", "powernv9", "powernv9-64k")
-def test_device_of_the_group_that_is_not_on_vfio_raises_enodev(v2, target, member):
+def test_device_of_the_group_that_is_not_on_vfio_raises_enodev(native, target, member):
     others = [device.address for device in target.topology.groups()[member.group] if device.address != member.address]
     assert others
     for address in others:
-        assert v2.group.device(address) == -errno.ENODEV
+        assert native.group.device(address) == -errno.ENODEV
 
 
-def test_name_may_be_a_page_long_with_its_end(program, v2, member):
-    assert v2.group.device(member.address.ljust(program.page - 1)) >= 0
-    assert v2.group.device("x" * (program.page - 1)) == -errno.ENODEV
-    assert v2.group.device(member.address.ljust(program.page)) == -errno.EINVAL
-    assert v2.group.device("x" * (2 * program.page)) == -errno.EINVAL
+def test_name_may_be_a_page_long_with_its_end(program, native, member):
+    assert native.group.device(member.address.ljust(program.page - 1)) >= 0
+    assert native.group.device("x" * (program.page - 1)) == -errno.ENODEV
+    assert native.group.device(member.address.ljust(program.page)) == -errno.EINVAL
+    assert native.group.device("x" * (2 * program.page)) == -errno.EINVAL
 
 
-def test_name_that_cannot_be_read_raises_efault(program, v2, member, area):
+def test_name_that_cannot_be_read_raises_efault(program, native, member, area):
     torn = area(2)
     torn.hole(1)
     name = member.address.encode()
@@ -304,9 +304,9 @@ def test_name_that_cannot_be_read_raises_efault(program, v2, member, area):
     torn.write(program.page - len(name), name)
     request = uapi.VFIO_GROUP_GET_DEVICE_FD
     for pointer in (0, NOWHERE, end, end - len(name)):
-        assert v2.group.ioctl(request, pointer) == -errno.EFAULT
+        assert native.group.ioctl(request, pointer) == -errno.EFAULT
     torn.write(program.page - len(name) - 1, name + b"\0")
-    assert program.take(v2.group.ioctl(request, end - len(name) - 1)) >= 0
+    assert program.take(native.group.ioctl(request, end - len(name) - 1)) >= 0
 
 
 @pytest.mark.not_recorded("a transcript does not hold how many descriptors the process may have")
@@ -319,17 +319,17 @@ def test_full_descriptor_table_raises_emfile_before_the_container_is_looked_at(p
     assert group.device(member.address) == -errno.EINVAL
 
 
-def test_bus_master_is_off_when_a_device_is_opened_first(program, v2, member):
+def test_bus_master_is_off_when_a_device_is_opened_first(program, native, member):
     command = (7 << 40) + 4
     for _ in range(2):
-        first, again = v2.group.device(member.address), v2.group.device(member.address)
+        first, again = native.group.device(member.address), native.group.device(member.address)
         assert program.backend.pread(first, 1, command)[0] & 4 == 0
         program.backend.pwrite(first, b"\x06", command)
         program.close(again)
-        assert v2.group.device(member.address) >= 0  # not the first, so it changes nothing
+        assert native.group.device(member.address) >= 0  # not the first, so it changes nothing
         assert program.backend.pread(first, 1, command)[0] & 4 == 4
         program.close_all()
-        v2 = program.attached(member, V1)
+        native = program.attached(member, program.older)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from simtests.conformance.raw import V2, Member, answer
+from simtests.conformance.raw import Member, answer
 from vfio import sysfs, uapi
 
 VIABLE = uapi.VFIO_GROUP_FLAGS_VIABLE
@@ -44,14 +44,14 @@ def test_group_whose_devices_are_gone_answers_enodev(program, own):
 
 
 def test_group_whose_devices_are_gone_has_left_its_container(program, own):
-    container = program.attached(own, V2)
+    container = program.attached(own)
     memory = program.memory(program.page)
-    assert container.register(memory.address, memory.length) == 0
+    assert container.pin(memory.address, memory.length) == 0
     assert program.locked == memory.length
     unbind(program.backend, own.address)
     assert program.locked == 0
-    assert container.register(memory.address, memory.length) == -errno.EINVAL
-    assert container.set_iommu(V2) == -errno.EINVAL
+    assert container.pin(memory.address, memory.length) == -errno.EINVAL
+    assert container.set_iommu(program.native) == -errno.EINVAL
     assert container.group.unset_container() == -errno.EINVAL
     assert container.group.status() == -errno.ENODEV
     assert container.group.set_container(container.fd) == -errno.ENODEV
@@ -72,7 +72,7 @@ def test_old_file_of_a_group_stays_dead_and_the_new_node_opens(program, own):
 
 def test_unbind_waits_for_a_mapping_too(program, other_program, own):
     other, answers = other_program(), []  # a process that was forked later would have the mapping too
-    container = program.attached(own, V2)
+    container = program.attached(own)
     device = container.group.device(own.address)
     mapping = program.mmap(device, program.page, 0)
     program.close(device)
@@ -94,7 +94,7 @@ def test_unbind_waits_for_a_mapping_too(program, other_program, own):
 
 
 def test_unbind_waits_for_the_device_and_asks_for_it(program, other_program, own):
-    container = program.attached(own, V2)
+    container = program.attached(own)
     device = container.group.device(own.address)
     asked = os.eventfd(0, os.EFD_NONBLOCK)
     set_request_eventfd(program, device, asked)

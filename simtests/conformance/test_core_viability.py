@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from simtests.conformance.pci_calls import PROBE, VFIO_PCI, on_vfio, outcome
-from simtests.conformance.raw import V2, Member, answer
+from simtests.conformance.raw import Member, answer
 from vfio import sysfs, uapi
 from vfio.backend import Backend
 
@@ -82,7 +82,7 @@ def test_sibling_on_a_driver_that_leaves_dma_alone_does_no_harm(
 
 @BARE_METAL
 def test_function_joins_vfio_while_its_group_is_in_use_which_gives_a_descriptor_of_each(program, member, neighbour):
-    container = program.attached(member, V2)
+    container = program.attached(member)
     give(program.backend, neighbour, "vfio-pci")
     first, second = container.group.device(member.address), container.group.device(neighbour)
     identity = 7 << 40
@@ -99,7 +99,7 @@ def test_function_joins_vfio_while_its_group_is_in_use_which_gives_a_descriptor_
 @BARE_METAL
 def test_group_goes_on_without_a_function_that_leaves_vfio(program, member, neighbour):
     give(program.backend, neighbour, "vfio-pci")
-    container = program.attached(member, V2)
+    container = program.attached(member)
     program.backend.write_text(f"{VFIO_PCI}/unbind", neighbour)
     assert program.backend.exists(member.node)
     assert container.group.status() == VIABLE | CONTAINER_SET
@@ -120,7 +120,7 @@ def test_sibling_on_a_driver_of_the_host_makes_the_group_not_viable(
     assert group.status() == 0
     for _ in range(2):
         assert group.set_container(container.fd) == -errno.EPERM
-        assert container.set_iommu(V2) == -errno.EINVAL
+        assert container.set_iommu(program.native) == -errno.EINVAL
     assert group.set_container(group.fd) == -errno.EBADFD  # what it is comes first
     assert group.unset_container() == -errno.EINVAL
     assert group.device(member.address) == -errno.EINVAL
@@ -128,7 +128,7 @@ def test_sibling_on_a_driver_of_the_host_makes_the_group_not_viable(
     program.backend.write_text(f"{NVME}/unbind", disk)
     assert group.status() == VIABLE
     assert group.set_container(container.fd) == 0
-    assert container.set_iommu(V2) == 0
+    assert container.set_iommu(program.native) == 0
 
 
 @SIBLINGS
@@ -173,7 +173,7 @@ def test_device_that_a_driver_has_from_the_boot_on_can_be_had_for_vfio_and_given
     backend.write_text(f"{sysfs.path(address, 'driver')}/unbind", address)
     try:
         backend.write_text(PROBE, address)
-        container = program.attached(Member(address, number), V2)
+        container = program.attached(Member(address, number))
         assert container.group.device(address) >= 0
     finally:
         program.close_all()
@@ -190,7 +190,7 @@ def test_device_that_a_driver_has_from_the_boot_on_can_be_had_for_vfio_and_given
 def test_bridge_in_the_group_does_no_harm_and_is_not_given_away(program, member, bridge):
     backend = program.backend
     assert sysfs.group_of(backend, bridge) == member.group
-    container = program.attached(member, V2)
+    container = program.attached(member)
     assert container.group.status() == VIABLE | CONTAINER_SET
     assert container.group.device(bridge) == -errno.ENODEV
 
@@ -210,7 +210,7 @@ def test_bridge_is_not_for_vfio_pci(backend, bridge):
 @SIBLINGS
 def test_siblings_can_be_open_in_one_container_and_by_one_process_only(program, other_program, member, disk):
     with on_vfio(program.backend, disk):
-        container = program.attached(member, V2)
+        container = program.attached(member)
         assert container.group.device(disk) >= 0
         assert other_program().open(member.node) == -errno.EBUSY
         program.close_all()

@@ -7,6 +7,8 @@ import pytest
 from simtests.conformance.raw import NOWHERE, V1, V2
 from vfio import uapi
 
+pytestmark = pytest.mark.power
+
 POWERNV = pytest.mark.targets("powernv8", "powernv8-64k", "powernv9", "powernv9-64k")
 DISABLE, ENABLE, UNFREEZE_IO, UNFREEZE_DMA, GET_STATE, DEACTIVATE, HOT, FUNDAMENTAL, CONFIGURE, INJECT = range(10)
 both_versions = pytest.mark.parametrize("iommu", [V1, V2])

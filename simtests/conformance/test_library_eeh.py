@@ -14,6 +14,7 @@ from vfio.drivers.edu import Edu
 from vfio.eeh import host
 
 pytestmark = [
+    pytest.mark.power,
     pytest.mark.lab_only,
     pytest.mark.not_recorded("what a device does while it is reset depends on the time"),
 ]

@@ -7,6 +7,8 @@ import pytest
 import vfio
 from vfio import errors, sysfs
 
+pytestmark = pytest.mark.power
+
 POWERNV = pytest.mark.targets("powernv8", "powernv8-64k", "powernv9", "powernv9-64k")
 
 

@@ -10,6 +10,8 @@ import vfio
 from vfio import errors, sysfs
 from vfio.drivers.edu import Edu
 
+pytestmark = pytest.mark.power
+
 POWERNV = pytest.mark.targets("powernv8", "powernv8-64k", "powernv9", "powernv9-64k")
 
 

@@ -9,6 +9,8 @@ import vfio
 from vfio import errors, papr, sysfs
 from vfio.drivers.edu import Edu
 
+pytestmark = pytest.mark.power
+
 MIB = 1 << 20
 PAGE = 4096
 PAGES_TRIED = 64

@@ -8,7 +8,7 @@ from simtests.conformance.engine import Engine
 from simtests.conformance.raw import READ, SECOND_WINDOW, WRITE
 
 IOVA, SCRATCH = 0x100000, 0x900000
-pytestmark = pytest.mark.needs_edu
+pytestmark = [pytest.mark.power, pytest.mark.needs_edu]
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ from simtests.conformance.engine import Engine
 from simtests.conformance.raw import NOWHERE, READ, V1, V2, WRITE
 from vfio import uapi
 
+pytestmark = pytest.mark.power
+
 IOVA = 0x100000
 TCE_PAGE = 4096
 

@@ -6,6 +6,8 @@ import pytest
 
 from simtests.conformance.raw import SECOND_WINDOW, V2
 
+pytestmark = pytest.mark.power
+
 POWERNV = pytest.mark.targets("powernv8", "powernv8-64k", "powernv9", "powernv9-64k")
 PSERIES = pytest.mark.targets("pseries", "pseries-64k")
 

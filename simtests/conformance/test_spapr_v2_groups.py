@@ -8,6 +8,8 @@ from simtests.conformance.engine import Engine
 from simtests.conformance.raw import SECOND_WINDOW, V2
 from vfio import uapi
 
+pytestmark = pytest.mark.power
+
 POWERNV = pytest.mark.targets("powernv8", "powernv8-64k", "powernv9", "powernv9-64k")
 PSERIES = pytest.mark.targets("pseries", "pseries-64k")
 IOVA = 0x100000

@@ -7,6 +7,8 @@ import pytest
 from simtests.conformance.raw import NOWHERE, READ, SECOND_WINDOW, WRITE
 from vfio import uapi
 
+pytestmark = pytest.mark.power
+
 IOVA = 0x100000
 TCE_PAGE = 4096
 

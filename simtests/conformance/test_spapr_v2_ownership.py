@@ -8,6 +8,8 @@ import pytest
 from simtests.conformance.raw import NOWHERE, V1, V2, Group
 from vfio import uapi
 
+pytestmark = pytest.mark.power
+
 IOVA = 0x100000
 REQUESTS = [
     uapi.VFIO_IOMMU_SPAPR_TCE_GET_INFO,

@@ -8,6 +8,8 @@ from simtests.conformance import areas
 from simtests.conformance.raw import NOWHERE, V2
 from vfio import uapi
 
+pytestmark = pytest.mark.power
+
 IOVA = 0x100000
 
 

@@ -9,6 +9,8 @@ from simtests.conformance.pci_calls import on_vfio
 from simtests.conformance.raw import NOWHERE, SECOND_WINDOW, V2, Member
 from vfio import sysfs, uapi
 
+pytestmark = pytest.mark.power
+
 POWERNV = pytest.mark.targets("powernv8", "powernv8-64k", "powernv9", "powernv9-64k")
 PSERIES = pytest.mark.targets("pseries", "pseries-64k")
 IOVA = 0x100000
