@@ -40,7 +40,7 @@ The smallest machine, and all that is needed for ``fake:FILE.toml``::
 
 Sizes and addresses are in bytes. ``topologies/example.toml`` uses every key that the modelled kernel knows, each with its
 meaning; ``[machine]``, ``index``, ``slot``, ``root_port``, ``properties`` and ``drive`` are for QEMU, and the last two for
-models of devices that know them.
+models of devices that know them.  ``[[phb.chipset]]`` is like ``[[phb.device]]``, for what QEMU has without being asked.
 """
 
 from __future__ import annotations
@@ -193,6 +193,7 @@ def _phb(table: Table, place: int) -> Phb:
         domain=domain,
         root_port=_root_port(topology_device.device(root_port, domain, on_bus=False), devices) if root_port else None,
         devices=devices,
+        chipset=tuple(topology_device.device(each, domain, on_bus=True) for each in table.optional_tables("chipset")),
     )
     table.end()
     return phb
@@ -219,6 +220,8 @@ def _check_whole(topology: Topology, root: Table) -> None:
         if phb.root_port:
             once(phb.root_port.address, "phb", i, "root_port", "address")
             once(f"bus {phb.domain:04x}:{phb.root_port.secondary_bus:02x}", "phb", i, "root_port", "secondary_bus")
+        for j, device in enumerate(phb.chipset):
+            once(device.address, "phb", i, "chipset", j, "address")
         for j, device in enumerate(phb.devices):
             here = ("phb", i, "device", j)
             once(device.address, *here, "address")

@@ -165,11 +165,12 @@ class Phb:
     domain: int  # PCI domain that the kernel gives it
     devices: tuple[Device, ...]
     root_port: Device | None = None  # absent on pseries, whose devices sit on the PHB's own bus
+    chipset: tuple[Device, ...] = ()  # functions of the machine itself, which QEMU need not be asked for
 
     @property
     def functions(self) -> tuple[Device, ...]:
-        """The root port, if there is one, and the devices, as the kernel meets them."""
-        return (self.root_port, *self.devices) if self.root_port else self.devices
+        """The root port, if there is one, the devices, and what belongs to the chipset."""
+        return (*((self.root_port,) if self.root_port else ()), *self.devices, *self.chipset)
 
     def parent(self, device: Device) -> Device | None:
         """The bridge above a device; None on a root bus."""
@@ -190,7 +191,7 @@ class Topology:
 
     @property
     def devices(self) -> tuple[Device, ...]:
-        """The devices of every PHB, without the root ports."""
+        """The devices of every PHB, without the root ports and what belongs to the chipset."""
         return tuple(device for phb in self.phbs for device in phb.devices)
 
     @property
@@ -207,7 +208,7 @@ class Topology:
         raise KeyError(f"{self.name} has no device {address}")
 
     def groups(self) -> dict[int, tuple[Device, ...]]:
-        """The devices of every IOMMU group."""
+        """The devices of every IOMMU group, without those of the chipset."""
         found: dict[int, tuple[Device, ...]] = {}
         for device in self.devices:
             if device.group is not None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from simtests.conformance.fixtures import PC, POWER
 from simtests.conformance.pci_calls import (
     PROBE,
     VFIO_PCI,
@@ -94,19 +95,45 @@ def test_members_of_a_group_are_links_to_devices(backend, target):
 
 
 def test_groups_are_those_of_the_devices_and_no_more(backend, target):
-    assert sorted(map(int, backend.listdir(GROUPS))) == sorted(target.topology.groups())
+    functions = [each for phb in target.topology.phbs for each in phb.functions]
+    groups = {each.group for each in functions if each.group is not None}
+    assert sorted(map(int, backend.listdir(GROUPS))) == sorted(groups)
 
 
+@POWER
 def test_group_has_the_name_of_its_partitionable_endpoint(backend, target):
     for number, members in target.topology.groups().items():
         phb = int(members[0].address[:4], 16)
         assert backend.read_text(f"{GROUPS}/{number}/name") == f"domain{phb}-pe{members[0].pe or 0:x}\n"
 
 
+@POWER
 def test_group_has_no_type_and_no_reserved_regions_on_power(backend, target):
     for number in target.topology.groups():
         assert backend.read_text(f"{GROUPS}/{number}/type") == "unknown\n"
         assert backend.read_text(f"{GROUPS}/{number}/reserved_regions") == ""
+
+
+@PC
+def test_group_of_a_pc_has_no_name_a_type_and_the_addresses_of_messages(backend, target):
+    messages = "0x00000000fee00000 0x00000000feefffff msi\n"
+    for function in target.topology.phbs[0].functions:
+        assert outcome(backend.read_text, f"{GROUPS}/{function.group}/name") == "ENOENT"
+        assert backend.read_text(f"{GROUPS}/{function.group}/type") == "DMA\n"
+        isa = function.group == target.topology.device("0000:00:1f.0").group
+        old = "0x0000000000000000 0x0000000000ffffff direct-relaxable\n" if isa else ""
+        assert backend.read_text(f"{GROUPS}/{function.group}/reserved_regions") == old + messages
+
+
+@PC
+def test_functions_of_a_pc_are_those_of_its_chipset_and_its_devices(backend, target):
+    functions = target.topology.phbs[0].functions
+    assert sorted(backend.listdir("/sys/bus/pci/devices")) == sorted(each.address for each in functions)
+    for each in functions:
+        found = sysfs.device(backend, each.address)
+        assert (found.vendor, found.device, found.class_code) == (each.vendor, each.device, each.device_class)
+        assert backend.read_text(sysfs.path(each.address, "revision")) == f"0x{each.revision:02x}\n"
+        assert group_number(backend, each.address) == each.group
 
 
 # --- driver_override ---
@@ -496,11 +523,11 @@ def test_last_close_cannot_reset_a_bus_with_a_device_that_is_not_on_vfio(backend
         assert kept(backend, address)
 
 
-def test_type_of_a_group_in_use_cannot_be_changed(backend, neighbour):
+def test_type_of_a_group_in_use_cannot_be_changed(backend, neighbour, target):
     path = f"{GROUPS}/{group_number(backend, neighbour)}/type"
     with opened(backend, neighbour):
         assert write(backend, path, "DMA\n") == "EPERM"
-        assert backend.read_text(path) == "unknown\n"
+        assert backend.read_text(path) == ("DMA\n" if target.platform == "PC" else "unknown\n")
 
 
 # --- What sysfs tells of a device ---

@@ -11,6 +11,7 @@ import textwrap
 import pytest
 
 import vfio
+from simtests.conformance.fixtures import PC, POWER
 from simtests.conformance.pci_calls import endpoint_address, on_vfio
 from vfio import errors
 
@@ -75,6 +76,20 @@ def test_single_vectors_come_and_go(endpoint):
     assert not endpoint.msix.enabled
 
 
+@PC
+@pytest.mark.lab_only
+def test_vectors_grow_beyond_what_was_allocated_where_the_kernel_can_add(endpoint):
+    assert endpoint.msix.resizable
+    with endpoint.msix.enable(2) as vectors:
+        added = vectors.grow(2)
+        assert [vector.number for vector in vectors] == [0, 1, 2, 3]
+        assert vectors.add(4).number == 4
+        endpoint.msix.trigger(0, 5)
+        assert taken(vectors) == [1, 1, 1, 1, 1]
+        assert len(added) == 2
+
+
+@POWER
 @pytest.mark.lab_only
 def test_growth_beyond_what_was_allocated_is_refused_where_the_kernel_cannot_add(endpoint):
     assert not endpoint.msix.resizable  # on POWER

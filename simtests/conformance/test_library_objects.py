@@ -6,15 +6,26 @@ import os
 import pytest
 
 import vfio
+from simtests.conformance.fixtures import PC, POWER
 from vfio import errors, holders, sysfs
 
 
+@POWER
 def test_container_answers_api_version_0_and_claims_both_spapr_versions(backend):
     with vfio.Container(backend) as container:
         assert backend.ioctl(container.fd, vfio.uapi.VFIO_GET_API_VERSION) == 0
         assert container.check_extension(vfio.uapi.VFIO_SPAPR_TCE_IOMMU)
         assert container.check_extension(vfio.uapi.VFIO_SPAPR_TCE_v2_IOMMU)
         assert not container.check_extension(vfio.uapi.VFIO_TYPE1_IOMMU)
+
+
+@PC
+def test_container_answers_api_version_0_and_claims_both_type1_versions(backend):
+    with vfio.Container(backend) as container:
+        assert backend.ioctl(container.fd, vfio.uapi.VFIO_GET_API_VERSION) == 0
+        assert container.check_extension(vfio.uapi.VFIO_TYPE1_IOMMU)
+        assert container.check_extension(vfio.uapi.VFIO_TYPE1v2_IOMMU)
+        assert not container.check_extension(vfio.uapi.VFIO_SPAPR_TCE_v2_IOMMU)
 
 
 def test_closed_objects_say_so_with_ebadf(backend, bound_address):
@@ -27,9 +38,9 @@ def test_closed_objects_say_so_with_ebadf(backend, bound_address):
         assert caught.value.errno == errno.EBADF
 
 
-def test_set_iommu_without_a_group_raises_einval(backend):
+def test_set_iommu_without_a_group_raises_einval(backend, target):
     with vfio.Container(backend) as container, pytest.raises(errors.CallFailed) as caught:
-        container.set_iommu(vfio.SpaprTceV2)
+        container.set_iommu(vfio.Type1v2 if target.platform == "PC" else vfio.SpaprTceV2)
     assert caught.value.errno == errno.EINVAL
 
 
@@ -171,19 +182,24 @@ def test_user_who_was_given_the_node_opens_the_device(backend, bound_address, an
         backend.chown(node, 0, 0)
 
 
-@pytest.mark.parametrize("model", [vfio.SpaprTce, vfio.SpaprTceV2])
+@pytest.mark.parametrize(
+    "model",
+    [
+        *(pytest.param(model, marks=POWER) for model in (vfio.SpaprTce, vfio.SpaprTceV2)),
+        *(pytest.param(model, marks=PC) for model in (vfio.Type1, vfio.Type1v2)),
+    ],
+)
 def test_locked_memory_limit_is_reported_with_figures_and_remedies(bound_address, another_process, model):
     other = another_process(memlock=1 << 20, ipc_lock=False)
     with vfio.open_device(bound_address, other, model) as device:
         iommu, memory = device.iommu, other.allocate(2 << 20)
-        attempts = (
-            [iommu.enable]
-            if model is vfio.SpaprTce
-            else [
-                lambda: iommu.register(vfio.MemoryRange(memory.address, memory.length)),
-                lambda: iommu.create_window(1 << 30, 4096),
-            ]
-        )
+        pinned = vfio.MemoryRange(memory.address, memory.length)
+        if model is vfio.SpaprTce:
+            attempts = [iommu.enable]
+        elif model is vfio.SpaprTceV2:
+            attempts = [lambda: iommu.register(pinned), lambda: iommu.create_window(1 << 30, 4096)]
+        else:
+            attempts = [lambda: iommu.map(pinned)]
         for attempt in attempts:
             with pytest.raises(errors.LockedMemoryLimit, match="ulimit -l") as caught:
                 attempt()

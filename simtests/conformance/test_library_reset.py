@@ -81,7 +81,7 @@ def test_hot_reset_with_more_groups_than_devices_says_so(endpoint):
     assert caught.value.errno == errno.EINVAL
 
 
-@pytest.mark.targets("pseries", "pseries-64k")
+@pytest.mark.targets("pseries", "pseries-64k", "q35")
 def test_device_on_a_root_bus_cannot_be_hot_reset(endpoint):
     for call in (endpoint.hot_reset_info, endpoint.hot_reset):
         with pytest.raises(errors.CallFailed, match="on a root bus") as caught:

@@ -349,7 +349,7 @@ def test_touching_a_mapping_in_low_power_is_sigbus(backend, endpoint, killed_by)
         mapping.close()
 
 
-@pytest.mark.targets("powernv8", "powernv8-64k", "pseries", "pseries-64k")  # POWER9's firmware allows no D3hot
+@pytest.mark.targets("powernv8", "powernv8-64k", "pseries", "pseries-64k", "q35")  # POWER9's firmware allows no D3hot
 @pytest.mark.not_recorded("a signal is no answer")
 def test_touching_a_mapping_in_d3hot_is_sigbus(backend, endpoint, killed_by):
     mapping = backend.mmap(endpoint.fd, min(backend.page_size, 0x4000), 0, PROT_READ)

@@ -39,7 +39,7 @@ CACHE_LINE, INTERRUPT_LINE = 0x0C, 0x3C
 pytestmark = pytest.mark.lab_only  # what these devices are is known
 BARE_METAL = pytest.mark.targets("powernv8", "powernv8-64k", "powernv9", "powernv9-64k")
 """Machines whose devices are behind root ports, so that a bus can be reset."""
-GUEST = pytest.mark.targets("pseries", "pseries-64k")
+GUEST = pytest.mark.targets("pseries", "pseries-64k", "q35")
 """Machines whose devices are on a root bus, which cannot be reset."""
 
 
@@ -294,7 +294,7 @@ def test_device_alone_on_its_bus_is_reset_with_the_bus(backend: Backend, two_edu
 # --- Power states ---
 
 
-@pytest.mark.targets("powernv8", "powernv8-64k", "pseries", "pseries-64k")
+@pytest.mark.targets("powernv8", "powernv8-64k", "pseries", "pseries-64k", "q35")
 def test_device_in_d3hot_shows_it_and_its_bars_are_eio(endpoint):
     at = endpoint.capability(PM) + 4
     assert endpoint.config(at, 2) & 3 == 0

@@ -47,7 +47,7 @@ _MASK_SET, _ADMIN_QUEUE_SIZES = 0x0C, 0x24
 pytestmark = pytest.mark.lab_only  # what these devices are is known
 BARE_METAL = pytest.mark.targets("powernv8", "powernv8-64k", "powernv9", "powernv9-64k")
 """Machines whose devices are behind root ports, so that a bus can be reset."""
-WITH_D3HOT = pytest.mark.targets("powernv8", "powernv8-64k", "pseries", "pseries-64k")
+WITH_D3HOT = pytest.mark.targets("powernv8", "powernv8-64k", "pseries", "pseries-64k", "q35")
 """Machines whose firmware lets a device into D3hot."""
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from simtests.conformance.fixtures import PC, POWER
 from simtests.conformance.pci_calls import PROBE, VFIO_PCI, endpoint_address, on_vfio, opened, outcome, spare_address
 from vfio import sysfs
 from vfio.backend import Backend
@@ -268,15 +269,29 @@ RESOURCES = {
             3: (0x200100040000, 0x4000, 0x40200),
         },
     },
+    "q35": {
+        "0000:00:00.0": {},
+        "0000:00:1f.0": {},
+        "0000:00:1f.2": {4: (0xC060, 0x20, 0x40101), 5: (0xFEB44000, 0x1000, 0x40200)},
+        "0000:00:1f.3": {4: (0x700, 0x40, 0x40101)},
+        "0000:00:04.0": {0: (0xFE900000, 0x100000, 0x40200)},
+        "0000:00:05.0": {0: (0xFEA00000, 0x100000, 0x40200)},
+        "0000:00:06.0": {
+            0: (0xFEB00000, 0x20000, 0x40200),
+            1: (0xFEB20000, 0x20000, 0x40200),
+            2: (0xC040, 0x20, 0x40101),
+            3: (0xFEB40000, 0x4000, 0x40200),
+        },
+    },
 }
 """The first lines of `resource` of every device that are not zero: where a BAR (6: the ROM) is, its size, its flags."""
 
 
 @pytest.mark.targets(*RESOURCES)
 def test_resource_has_what_the_host_gave_to_each_bar(backend, target):
-    for device in target.topology.devices:
+    for device in (*target.topology.phbs[0].chipset, *target.topology.devices):
         lines = backend.read_text(sysfs.path(device.address, "resource")).splitlines()
-        assert len(lines) == (17 if device.device_class >> 16 == 0x06 else 13)
+        assert len(lines) == (17 if device.device_class >> 8 in (0x0604, 0x0609) else 13)
         found = {}
         for index, line in enumerate(lines[:7]):
             start, end, flags = (int(number, 16) for number in line.split())
@@ -411,6 +426,7 @@ def test_uevent_takes_the_name_of_an_action(backend, address, text, errno):
 # --- groups ---
 
 
+@POWER
 @pytest.mark.parametrize(
     ("text", "errno"), [("auto", None), ("auto\n", None), ("DMA", "EINVAL"), ("identity", "EINVAL"), ("x", "EINVAL")]
 )
@@ -418,6 +434,25 @@ def test_type_of_a_free_group_stays(backend, target, text, errno):
     path = f"{GROUPS}/{target.topology.device(spare_address(target)).group}/type"
     assert write(backend, path, text) == errno
     assert backend.read_text(path) == "unknown\n"
+
+
+@PC
+@pytest.mark.parametrize("on_vfio_pci", [False, True])
+def test_type_of_a_free_group_of_a_pc_is_changed(backend, address, on_vfio_pci):
+    path = sysfs.path(address, "iommu_group", "type")
+    if on_vfio_pci:
+        backend.write_text(sysfs.path(address, "driver_override"), "vfio-pci")
+        backend.write_text(PROBE, address)
+    try:
+        for text, shown in (("DMA", "DMA"), ("identity\n", "identity"), ("DMA-FQ", "DMA-FQ"), ("auto", "DMA")):
+            assert write(backend, path, text) is None
+            assert backend.read_text(path) == f"{shown}\n"
+        assert write(backend, path, "identity") is None
+        for text in ("x", "dma", "identity\n\n"):
+            assert write(backend, path, text) == "EINVAL"
+            assert backend.read_text(path) == "identity\n"
+    finally:
+        backend.write_text(path, "auto")
 
 
 @BARE_METAL
@@ -458,7 +493,9 @@ def test_bridge_takes_along_what_is_below_it(backend, target):
         assert sysfs.group_of(backend, device.address) == device.group
 
 
-def test_power_state_of_a_device_that_was_released_is_unknown(backend, address):
+def test_power_state_of_a_device_that_was_released_is_unknown(backend, address, target):
+    """But on a PC."""
     with on_vfio(backend, address):
         assert backend.read_text(sysfs.path(address, "power_state")) != "unknown\n"
-    assert backend.read_text(sysfs.path(address, "power_state")) == "unknown\n"
+    shown = "D0\n" if target.platform == "PC" else "unknown\n"
+    assert backend.read_text(sysfs.path(address, "power_state")) == shown

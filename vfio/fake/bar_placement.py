@@ -9,12 +9,14 @@ from vfio.fake import devices
 if TYPE_CHECKING:
     from vfio import topology
     from vfio.fake.machine import Machine
+    from vfio.fake.pci import Bar
 
-_PC_LINES = (10, 10, 11, 11)
-"""Of pin A of the slots of a q35, by slot modulo four: SeaBIOS's routing of the chipset's lines."""
 _FIRST_INTERRUPT = {"POWER8": 30, "POWER9": 38, "POWER10": 38}
-_IO_START = {"PC": 0xC040}
-"""I/O ports, where that is not 0x1000."""
+_IO_START, _PC_IO_START = 0x1000, 0xC000
+_PC_MEMORY_END = 0xFEC0_0000
+"""Where the interrupt controllers begin: a PC's BARs end below it."""
+_PC_LINES = (10, 10, 11, 11)
+"""The interrupts behind the lines of a PC's slots, which share them in turn."""
 
 
 class _Window(NamedTuple):
@@ -29,7 +31,7 @@ class _Window(NamedTuple):
 _WINDOWS = {
     "POWER8": (_Window(0x3FF8000000000, 0x80000000, 0x80000000), _Window(0x3D00000000000, 1 << 36, None)),
     "POWER9": (_Window(0x600C000000000, 0x80000000, 0x80000000), _Window(0x6000000000000, 1 << 38, None)),
-    "PC": (_Window(0xFE900000, 0x10000000, None), _Window(0x800000000, 1 << 36, None)),
+    "PC": (_Window(0, 0, None), _Window(0x800000000, 1 << 36, None)),
     "pSeries": (_Window(0x200080000000, 0x80000000, 0x80000000), _Window(0x210000000000, 1 << 40, None)),
 }
 """Of each platform: the one below 4 GiB on the bus, and the one for 64-bit BARs, on powernv for prefetchable ones."""
@@ -40,17 +42,19 @@ def place_bars(machine: Machine, phb: topology.Phb) -> dict[str, dict[int, tuple
     """Where the host puts the BARs below a PHB: by address and index, the CPU address, the address on the bus, and
     whether it is aligned to more than its size.
 
-    What is aligned most comes first; powernv gives every BAR pages of its own (pnv_pci_default_alignment), and has no I/O
-    ports to give.
+    What is aligned most comes first; a PC's memory is filled from its end; powernv gives every BAR pages of its own
+    (pnv_pci_default_alignment), and has no I/O ports to give.
     """
     platform = machine.topology.platform
     powernv = platform.name == "PowerNV"
     windows = _WINDOWS.get(_LIKE.get(platform.cpu, platform.cpu) if powernv else platform.name, _WINDOWS["POWER9"])
     least = machine.page_size if powernv else 1
     places: dict[str, dict[int, tuple[int, int, bool]]] = {device.address: {} for device in phb.functions}
-    bars = [(device.address, bar) for device in phb.functions for bar in devices.make_model(device).bars]
-    used = [0, 0]
-    first_port, io = _IO_START.get(platform.name, 0x1000), 0
+    models = {device.address: devices.make_model(device) for device in phb.functions}
+    bars = [(address, bar) for address, model in models.items() for bar in model.bars]
+    pc = platform.name == "PC"
+    used = [_pc_memory([bar for _, bar in bars]) if pc else 0, 0]
+    io = _PC_IO_START if pc else _IO_START
     for address, bar in sorted(bars, key=lambda pair: -max(pair[1].size, least)):
         if not bar.io:
             align = max(bar.size, least)
@@ -63,16 +67,24 @@ def place_bars(machine: Machine, phb: topology.Phb) -> dict[str, dict[int, tuple
             places[address][bar.index] = start, bus_address, align > bar.size
         elif not powernv:
             io = -(-io // bar.size) * bar.size
-            places[address][bar.index] = first_port + io, first_port + io, False
+            start = models[address].bars_at.get(bar.index, io)
+            places[address][bar.index] = start, start, False
             io += bar.size
     return places
 
 
+def _pc_memory(bars: list[Bar]) -> int:
+    """Where the memory of a PC's BARs begins."""
+    sizes = [bar.size for bar in bars if not bar.io and not bar.bits64]
+    align = max(sizes, default=1)
+    return (_PC_MEMORY_END - sum(sizes)) // align * align
+
+
 def interrupt_number(machine: Machine, address: str) -> int:
-    """A number of the host's for the line: of a PC what its firmware writes into INTERRUPT_LINE; elsewhere one a slot,
-    counted from what real hosts of the kind begin with."""
+    """A number of the host's for the line: one a slot, counted from what real hosts of the kind begin with; a PC's is
+    that of its firmware."""
     if machine.topology.platform.name == "PC":
-        return _PC_LINES[int(address.rpartition(":")[2].partition(".")[0], 16) % 4]
+        return _PC_LINES[int(address[8:10], 16) % len(_PC_LINES)]
     slots = []
     for phb in machine.topology.phbs:
         for device in phb.devices:

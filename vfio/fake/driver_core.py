@@ -314,11 +314,10 @@ class DriverCore:
             pci.disable()
         self._released(pci)
 
-    @staticmethod
-    def _released(pci: PciDevice) -> None:
+    def _released(self, pci: PciDevice) -> None:
         pci.driver = None
-        if pci.power_state == 0:  # nobody knows what it does from now on
-            pci.power_state = None
+        if pci.power_state == 0 and self.machine.topology.platform.name != "PC":
+            pci.power_state = None  # nobody knows what it does from now on
 
     @property
     def vfio_devices(self) -> dict[str, int]:

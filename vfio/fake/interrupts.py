@@ -49,15 +49,12 @@ class Interrupts:
         self._waiting: set[int] = set()
         """MSI vectors whose message is kept until there is an eventfd for it."""
         self._single: dict[int, EventFd] = {}  # ERR and REQ
+        self._dynamic = self._pci.machine.topology.platform.name == "PC"
+        """Whether MSI-X vectors can be allocated one by one: no interrupt controller of POWER can."""
 
     @property
     def msi_active(self) -> bool:
         return self.active == MSI
-
-    @property
-    def _vectors_can_be_added(self) -> bool:
-        """Whether MSI-X vectors can be allocated one by one, which no interrupt controller of POWER can."""
-        return self._pci.machine.topology.platform.name == "PC" and self.count(MSIX) > 0
 
     # --- what there is ---
 
@@ -81,7 +78,7 @@ class Interrupts:
         info.flags = uapi.VFIO_IRQ_INFO_EVENTFD
         if info.index == INTX:
             info.flags |= uapi.VFIO_IRQ_INFO_MASKABLE | uapi.VFIO_IRQ_INFO_AUTOMASKED
-        elif info.index != MSIX or not self._vectors_can_be_added:
+        elif info.index != MSIX or not info.count or not self._dynamic:
             info.flags |= uapi.VFIO_IRQ_INFO_NORESIZE
         argument.copy_out(bytes(uapi.buffer(info)))
         return 0
@@ -290,9 +287,8 @@ class Interrupts:
         if index == MSI:
             self.msi_queue_max = (vectors - 1).bit_length()
             pci.enable_msi(_MSI_ADDRESS, self.msi_queue_max)
-            if pci.has_xics or self._pci.machine.topology.platform.name == "PC":
-                # Nobody has asked for these interrupts yet.  An XICS keeps one for later, and so does a PC that remaps
-                # interrupts; a XIVE drops them.
+            if pci.has_xics or self._dynamic:
+                # Nobody has asked for these interrupts yet.  An XICS, and a PC, keep one for later; a XIVE drops them.
                 for vector in range(vectors):
                     pci.set_vector(vector, functools.partial(self._waiting.add, vector))
         else:
@@ -323,7 +319,7 @@ class Interrupts:
         self._clear_vector(vector)
         if fd < 0:
             return
-        if vector >= self._allocated and not (self.active == MSIX and self._vectors_can_be_added):
+        if vector >= self._allocated and not (self._dynamic and self.active == MSIX):
             raise fail(errno.EINVAL)
         eventfd = EventFd(process, fd)
         self._vectors[vector] = eventfd
@@ -334,13 +330,13 @@ class Interrupts:
 
     def _clear_vector(self, vector: int) -> None:
         if eventfd := self._vectors.pop(vector, None):
-            astray = self.active == MSI and self._pci.machine.topology.platform.name == "PowerNV"
+            astray = self.active == MSI and self._pci.machine.topology.platform.name in ("PowerNV", "PC")
             self._pci.set_vector(vector, self._send_astray if astray else None)
             eventfd.put()
 
     def _send_astray(self) -> None:
-        """An interrupt was given back: powernv clears the address and data of its message in the device, which cannot
-        mask it.  The message is now a write of zeros at bus address 0, the user's own."""
+        """An interrupt was given back: powernv and a PC clear the address and data of its message in the device, which
+        cannot mask it.  The message is now a write of zeros at bus address 0, the user's own."""
         self._pci.dma_write(0, bytes(_MESSAGE_SIZE))
 
     # --- error and request ---

@@ -28,6 +28,8 @@ class IommuGroup:
         self.devices: list[PciDevice] = [] if devices is None else devices
         self.table_group = table_group
         """Its windows; None where the platform has none to give."""
+        self.domain_type = "DMA"
+        """Of the domain that the host uses the group with, where it can be chosen: DMA, DMA-FQ or identity."""
         self.dma_owner: object | None = None
         """Who claimed the DMA of the whole group: a VFIO group, while it is in a container."""
 

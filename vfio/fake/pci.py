@@ -514,6 +514,7 @@ def make_device(device: topology.Device, machine: Machine, phb: topology.Phb) ->
 _KEPT_IN_D0 = ("POWER9", "POWER10")
 """Hosts whose firmware drops writes to the power state of functions below its PHB4 or PHB5."""
 
+
 _XICS = ("POWER7", "POWER8")
 """Processors whose machines have an XICS for their interrupt controller; later ones have a XIVE."""
 

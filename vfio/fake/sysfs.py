@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _READ, _WRITE, _SEARCH = 4, 2, 1
 _MOST_LINKS = 40
+_ISA_BRIDGE = 0x0601
 _GROUP_TYPES = ("identity", "DMA", "DMA-FQ")
 
 
@@ -227,6 +228,7 @@ def _btrfs(machine: Machine) -> Directory:
 
 def _group(machine: Machine, group: IommuGroup) -> Directory:
     """/sys/kernel/iommu_groups/N."""
+    chosen = bool(machine.topology.iommu.ranges)
 
     def set_type(given: str) -> None:
         kind = given.removesuffix("\n")
@@ -234,7 +236,9 @@ def _group(machine: Machine, group: IommuGroup) -> Directory:
             raise fail(errno.EINVAL)
         if group.dma_claimed:
             raise fail(errno.EPERM)
-        if kind != "auto":  # POWER has the platform's own domain and no other
+        if chosen:
+            group.domain_type = "DMA" if kind == "auto" else kind
+        elif kind != "auto":  # POWER has the platform's own domain and no other
             raise fail(errno.EINVAL)
 
     return directory(
@@ -243,17 +247,21 @@ def _group(machine: Machine, group: IommuGroup) -> Directory:
                 {pci.address: Link(f"../../../..{pci_sysfs.path(pci).removeprefix('/sys')}") for pci in group.devices}
             ),
             **({"name": text(group.name)} if group.name else {}),
-            "reserved_regions": Attribute(lambda: _reserved(machine)),
-            "type": Attribute(lambda: "DMA\n" if machine.topology.iommu.ranges else "unknown\n", set_type),
+            "reserved_regions": Attribute(lambda: _reserved(machine, group)),
+            "type": Attribute(lambda: f"{group.domain_type}\n" if chosen else "unknown\n", set_type),
         }
     )
 
 
-def _reserved(machine: Machine) -> str:
-    """On a PC the addresses between the ranges of IOVA, at which interrupts are signalled."""
+def _reserved(machine: Machine, group: IommuGroup) -> str:
+    """On a PC the addresses between the ranges of IOVA, at which interrupts are signalled; with an ISA bridge also the
+    first 16 MiB, to which its DMA would go straight."""
     ranges = machine.topology.iommu.ranges
     gaps = [(before[1] + 1, after[0] - 1) for before, after in itertools.pairwise(ranges)]
-    return "".join(f"{start:#018x} {end:#018x} msi\n" for start, end in gaps)
+    lines = [f"{start:#018x} {end:#018x} msi\n" for start, end in gaps]
+    if gaps and any(pci.device_class >> 8 == _ISA_BRIDGE for pci in group.devices):
+        lines.insert(0, f"{0:#018x} {0xFFFFFF:#018x} direct-relaxable\n")
+    return "".join(lines)
 
 
 def _classes(machine: Machine) -> Directory:

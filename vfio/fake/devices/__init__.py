@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from vfio.fake.devices.bridge import Bridge, RootPort
+from vfio.fake.devices.chipset import Ahci, HostBridge, IsaBridge, SmBus
 from vfio.fake.devices.e1000e import E1000e
 from vfio.fake.devices.edu import Edu
 from vfio.fake.devices.endpoint import Endpoint
@@ -31,6 +32,10 @@ MODELS: dict[str, type[PciModel]] = {
     "ivshmem-plain": Ivshmem,
     "pnv-phb-root-port": RootPort,
     "virtio-rng-pci": VirtioRng,
+    "mch": HostBridge,
+    "ICH9-LPC": IsaBridge,
+    "ich9-ahci": Ahci,
+    "ICH9-SMB": SmBus,
 }
 """By the name that a topology uses, which is QEMU's where QEMU has the device."""
 

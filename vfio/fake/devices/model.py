@@ -24,7 +24,7 @@ A topology names it by module and class: ``model = "my.devices:Doorbell"``.  Con
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from vfio import topology
@@ -54,6 +54,8 @@ class PciModel:
     """Subsystem vendor and device; those that QEMU gives where a device has none."""
     interrupt_pin = 0
     """1 for INTA; 0 for a function without INTx."""
+    bars_at: Mapping[int, int] = {}
+    """Where a PC's firmware puts BARs, by index, if not where there is room."""
 
     pci: PciDevice
 
