@@ -4,7 +4,7 @@
     pytest hwtests --device 0001:01:00.0                       on this POWER host, with that device
 
 Marks: `lab_only` (hostile, or needs the emulated machine), `needs_edu` (drives QEMU's edu device),
-`targets("powernv8", ...)` (only these targets of the lab).
+`targets("powernv8", ...)` (only these targets of the lab), `power` (not for q35, a PC).
 """
 
 from __future__ import annotations

@@ -185,7 +185,7 @@ class Replay:
 
     def _ioctl(self, backend: FakeBackend, record: Record) -> tuple[object, bytes | None]:
         target, request, argument = record["args"]
-        fd, number = self._file(target["fd"], record), _request(request["number"])
+        fd, number = self._file(target["fd"], record), self._request(request["number"])
         if isinstance(argument, dict) and "before" in argument:
             buffer = self._buffer(argument, record)
             try:
@@ -372,6 +372,11 @@ class Replay:
             backend.write_text("/sys/bus/pci/drivers_probe", address)
         backend.write_text(f"{directory}/driver_override", f"{override or ''}\n")
 
+    def _request(self, number: int) -> int:
+        """An ioctl number of the recorded machine on this one: as right, or as wrong."""
+        theirs = 0 if self._machine.topology.platform.name == "PC" else _POWER
+        return number ^ theirs ^ uapi.VFIO_GET_API_VERSION & _POWER
+
     def _signals(self) -> dict[str, int]:
         return {symbol: self._surroundings.count(fd) for symbol, fd in self._eventfds.items()}
 
@@ -387,11 +392,6 @@ class Replay:
 def _is_of_the_host(record: Record) -> bool:
     first = record["args"][0] if record["args"] else ""
     return isinstance(first, str) and (first == "/proc" or first.startswith("/proc/"))
-
-
-def _request(number: int) -> int:
-    """An ioctl number of POWER on this machine: as right, or as wrong."""
-    return number if uapi.VFIO_GET_API_VERSION & _POWER else number ^ _POWER
 
 
 def _buffer_of(record: Record) -> Record | None:

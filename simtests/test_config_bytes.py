@@ -20,7 +20,11 @@ def test_difference_of_one_byte_is_told():
 
 def test_every_recorded_device_was_written_in_every_way():
     ways = len(config_bytes.PATTERNS) * len(config_bytes.PASSES)
-    for target, models in {"powernv8": {"edu", "pci-testdev", "nvme"}, "pseries": {"edu", "e1000e"}}.items():
+    for target, models in {
+        "powernv8": {"edu", "pci-testdev", "nvme"},
+        "pseries": {"edu", "e1000e"},
+        "q35": {"edu", "e1000e"},
+    }.items():
         for model in models:
             found = config_bytes.recorded(target, model)
             assert len(found["left"]) == ways

@@ -21,6 +21,7 @@ PRESETS = {
     "powernv8-64k": "fake:power8?page_size=65536&freeze=0",
     "powernv9": "fake:power9?freeze=0",
     "pseries": "fake:pseries?freeze=0",
+    "q35": "fake:x86?freeze=0",
 }
 """Each target of the lab, and the fake of the same machine, whose PEs do not freeze by themselves: it is QEMU's."""
 LEFT_OUT = {

@@ -62,6 +62,8 @@ _FOR_SOME = {"siblings": "siblings"}
 
 _SERVED = ("power8", "power8?page_size=65536", "pseries")
 """Those that the cases run on once more, through a socket: unix:PRESET."""
+_SERVED_TO_FORKS = (*_SERVED, "x86")
+"""Those for the cases that fork, which run through a socket alone."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         presets = _TARGETS | _FOR_SOME if marked else _TARGETS
         everywhere = [f"fake:{preset}" for preset in presets] + [f"unix:{preset}" for preset in _SERVED]
         if "fork" in metafunc.fixturenames:  # a machine in this process would be forked as well
-            everywhere = [name for name in everywhere if name.startswith("unix:")]
+            everywhere = [f"unix:{preset}" for preset in _SERVED_TO_FORKS]
         if "freezer" in metafunc.fixturenames:  # which has the machine's clock in hand
             everywhere = [name for name in everywhere if name.startswith("fake:")]
         metafunc.parametrize("target", everywhere, indirect=True, ids=everywhere)

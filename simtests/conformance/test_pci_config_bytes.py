@@ -14,7 +14,7 @@ from simtests.conformance.config_bytes import differences, measure, recorded
 from simtests.conformance.pci_calls import on_vfio, opened
 from vfio.backend import Backend
 
-RECORDED = ("powernv8", "powernv8-64k", "powernv9", "pseries")
+RECORDED = ("powernv8", "powernv8-64k", "powernv9", "pseries", "q35")
 BARE_METAL = pytest.mark.targets("powernv8", "powernv8-64k", "powernv9")
 
 pytestmark = [
@@ -45,6 +45,6 @@ def test_every_byte_of_a_disk_reads_back_as_recorded(backend, target):
     check(backend, target, "nvme")
 
 
-@pytest.mark.targets("pseries")
+@pytest.mark.targets("pseries", "q35")
 def test_every_byte_of_a_network_card_reads_back_as_recorded(backend, target):
     check(backend, target, "e1000e")
