@@ -183,6 +183,109 @@ def test_errors_and_the_packet_that_failed(config):
     assert found.version == 2
 
 
+@pytest.mark.parametrize(("port", "at_root"), [(0, False), (4, True), (5, False), (6, False), (10, True)])
+def test_messages_of_errors_are_told_where_they_end(registers, port, at_root):
+    registers.add_express(0x60, port=port)
+    found = cut(registers, 4096)[pci.AdvancedErrors]
+    names = {name for name in found.as_dict() if name.startswith("root")}
+    wanted = {"root_command", "root_status", "root_correctable_source", "root_uncorrectable_source"}
+    assert names == (wanted if at_root else set())
+
+
+def test_errors_at_a_root_port_tell_what_came_and_from_whom(registers):
+    registers.add_express(0x60, port=4)
+    registers.field(0x12C, 4, 0x00000006)
+    registers.field(0x130, 4, 0x0800_0055)
+    registers.field(0x134, 4, 0x0512_01A3)
+    image = pci.Image(bytes(registers.value))
+    config = pci.ConfigSpace(image)
+    found = config[pci.AdvancedErrors]
+    command, status = found.root_command, found.root_status
+    assert (command.correctable, command.non_fatal, command.fatal) == (False, True, True)
+    assert (status.correctable, status.several_correctable, status.uncorrectable) == (True, False, True)
+    assert (status.several_uncorrectable, status.first_uncorrectable_fatal) == (False, True)
+    assert (status.non_fatal, status.fatal, status.message_number) == (False, True, 1)
+    assert str(found.root_correctable_source) == "01:14.3"
+    assert str(found.root_uncorrectable_source) == "05:02.2"
+    lines = str(config).splitlines()
+    assert "  12c  root command                0x00000006  non fatal, fatal" in lines
+    assert "  136  root uncorrectable source   0x0512      05:02.2" in lines
+    assert status.clear() == 0x55
+    assert image.data[0x130:0x134] == bytes.fromhex("55000008")  # ones are written: the device clears them
+    command.correctable = True
+    assert image.data[0x12C] == 7
+
+
+def test_root_registers_need_the_express_capability_to_be_there(registers):
+    registers.field(0x34, 1, 0xFC)
+    registers.field(0xFC, 2, 0x0010)  # a capability of PCI Express that ends before its type
+    config = pci.ConfigSpace(bytes(registers.value[:0xFE]) + bytes(2) + bytes(registers.value[0x100:]))
+    assert "root_status" not in config[pci.AdvancedErrors].as_dict()
+    registers.field(0x34, 1, 0)
+    assert "root_status" not in cut(registers, 4096)[pci.AdvancedErrors].as_dict()
+
+
+@pytest.fixture
+def virtual(registers):
+    """SR-IOV as of an Intel 82576: eight virtual functions, two enabled, every second one from 384 on."""
+    registers.add_extended(0x10, 1, 0x180, 0x40)
+    registers.field(0x184, 4, 0x00600002)
+    registers.field(0x188, 2, 0x0019)
+    registers.field(0x18C, 4, 0x0008_0007)
+    registers.field(0x190, 4, 0x01_0002)
+    registers.field(0x194, 4, 0x0002_0180)
+    registers.field(0x19A, 2, 0x10CA)
+    registers.field(0x19C, 4, 0x553)
+    registers.field(0x1A0, 4, 0x010)
+    registers.field(0x1A4, 4, 0xC204_000C)
+    registers.field(0x1A8, 4, 0x0000_0001)
+    registers.field(0x1B0, 4, 0xFEB0_0000)
+    registers.field(0x1BC, 4, 0x0000_200B)
+    return pci.ConfigSpace(pci.Image(bytes(registers.value)))
+
+
+def test_virtual_functions_and_where_they_are(virtual):
+    found = virtual[pci.SrIov]
+    assert (found.name, found.offset, found.version) == ("SR-IOV", 0x180, 1)
+    assert (found.capabilities.migration, found.capabilities.ari_preserved) == (False, True)
+    assert found.capabilities.migration_message_number == 3
+    control = found.control
+    assert (control.enable, control.migration, control.migration_interrupt) == (True, False, False)
+    assert (control.memory, control.ari, control.tag_10_bit_requester) == (True, True, False)
+    assert (found.initial_functions, found.total_functions, found.functions, found.dependency_link) == (7, 8, 2, 1)
+    assert (found.first_offset, found.stride, found.function_device) == (0x180, 2, 0x10CA)
+    assert found.page_sizes == [4096, 8192, 65536, 262144, 1 << 20, 1 << 22]
+    assert found.page_size == 65536
+    assert found.bars == [
+        pci.Bar(0, 0x1_C204_0000, io=False, bits64=True, prefetchable=True),
+        pci.Bar(3, 0xFEB0_0000, io=False, bits64=False, prefetchable=False),
+    ]
+    assert str(found.migration_state) == "BAR3 at 0x2008"
+
+
+def test_virtual_functions_have_routing_ids_of_their_own(virtual):
+    found = virtual[pci.SrIov]
+    assert [found.routing_id(0x0100, n) for n in range(2)] == [0x0280, 0x0282]
+    for number in (-1, 2):
+        with pytest.raises(IndexError, match="there are 2"):
+            found.routing_id(0x0100, number)
+
+
+def test_what_can_be_set_of_virtual_functions(virtual):
+    found, data = virtual[pci.SrIov], virtual.source.data
+    found.functions = 5
+    found.system_page_size = 1
+    found.control.enable = False
+    assert (data[0x190:0x192], data[0x1A0:0x1A4], data[0x188:0x18A]) == (b"\5\0", b"\1\0\0\0", b"\x18\0")
+    for name in ("total_functions", "stride", "bar0"):
+        with pytest.raises(AttributeError, match="read-only"):
+            setattr(found, name, 1)
+    with pytest.raises(AttributeError, match="read-only"):
+        found.capabilities.ari_preserved = True
+    found.system_page_size = 0
+    assert found.page_size == 0
+
+
 def test_vendor_capabilities_give_their_bytes(config, registers):
     assert config[pci.Vendor].data == bytes([0x09, 0x00, 0x08, 0x04, 0x03, 0x02, 0x01, 0x00])
     extended = config[pci.ExtendedVendor]

@@ -13,6 +13,7 @@ from vfio._pci_extended import (
     DesignatedVendor,
     ExtendedVendor,
     SerialNumber,
+    SrIov,
 )
 from vfio._pci_register import Source
 from vfio._pci_standard import (
@@ -42,6 +43,7 @@ __all__ = [
     "Msix",
     "PowerManagement",
     "SerialNumber",
+    "SrIov",
     "Vendor",
     "VitalProductData",
     "make",

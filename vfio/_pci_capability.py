@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from vfio._pci_register import Source, Structure
+from vfio._pci_register import Bits, Register, Source, Structure
 
 STANDARD_NAMES = {
     0x00: "null",
@@ -89,3 +89,13 @@ class Capability(Structure):
 
     def __repr__(self) -> str:
         return f"<{self.name} at {self.offset:#x}>"
+
+
+class PlaceInBar(Register, width=4, read_only=True):
+    """Where in the memory of a BAR something is."""
+
+    bar = Bits(0, 3)
+    offset_8 = Bits(3, 29)
+
+    def __str__(self) -> str:
+        return f"BAR{self.bar} at {self.offset_8 << 3:#x}"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from vfio._pci_capability import Capability
-from vfio._pci_register import Bit, Bits, Number, Part, Register
+from vfio._pci_lists import standard
+from vfio._pci_register import Bit, Bits, Number, Part, Register, Source
 
 _SIZES = {n: f"{128 << n} bytes" for n in range(6)}
 _SPEEDS = {1: "2.5 GT/s", 2: "5 GT/s", 3: "8 GT/s", 4: "16 GT/s", 5: "32 GT/s", 6: "64 GT/s"}
@@ -182,11 +183,24 @@ class Express(Capability):
     link_control_2 = Number(0x30, 2, writable=True)
     link_status_2 = Number(0x32, 2)
 
+    @property
+    def at_root(self) -> bool:
+        """Whether messages of errors end here: a root port, or an event collector."""
+        return self.flags.type in (_ROOT_PORT, _EVENT_COLLECTOR)
+
     def has(self, name: str) -> bool:
         """Slots and roots are for ports; the second half came with version 2."""
         flags = self.flags
         if name.startswith("slot"):
             return flags.slot and flags.type in (_ROOT_PORT, _DOWNSTREAM_PORT)
         if name.startswith("root"):
-            return flags.type in (_ROOT_PORT, _EVENT_COLLECTOR)
+            return self.at_root
         return not name.endswith("_2") or flags.version >= 2
+
+
+def of(source: Source) -> Express | None:
+    """The capability of PCI Express of a function; None where it has none, or not enough of it is here."""
+    for at, identity in standard(source, []):
+        if identity == Express.id and at + Express.device_capabilities.offset <= source.size:
+            return Express(source, at, identity)
+    return None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from vfio._pci_capability import Capability
+from vfio import _pci_express
+from vfio._pci_capability import Capability, PlaceInBar
+from vfio._pci_header import Bar, bars
 from vfio._pci_register import Bit, Bits, Number, Part, Register
 
 
@@ -60,8 +62,40 @@ class AerControl(Register, width=4):
     prefix_logged = Bit(11)
 
 
+class RootErrorCommand(Register, width=4):
+    """Which messages of errors interrupt."""
+
+    correctable = Bit(0)
+    non_fatal = Bit(1)
+    fatal = Bit(2)
+
+
+class RootErrorStatus(Register, width=4, clears=0x7F):
+    """Which messages of errors have come."""
+
+    correctable = Bit(0)
+    several_correctable = Bit(1)
+    uncorrectable = Bit(2)
+    several_uncorrectable = Bit(3)
+    first_uncorrectable_fatal = Bit(4)
+    non_fatal = Bit(5)
+    fatal = Bit(6)
+    message_number = Bits(27, 5)
+
+
+class Requester(Register, width=2, read_only=True):
+    """Who sent a message."""
+
+    bus = Bits(8, 8)
+    slot = Bits(3, 5)
+    function = Bits(0, 3)
+
+    def __str__(self) -> str:
+        return f"{self.bus:02x}:{self.slot:02x}.{self.function}"
+
+
 class AdvancedErrors(Capability):
-    """Advanced error reporting (AER)."""
+    """Advanced error reporting (AER); what begins with `root` is of root ports and event collectors."""
 
     id, extended = 0x01, True
     uncorrectable_status = Part(0x04, UncorrectableStatus)
@@ -74,6 +108,17 @@ class AdvancedErrors(Capability):
     header_log_1 = Number(0x20, 4)
     header_log_2 = Number(0x24, 4)
     header_log_3 = Number(0x28, 4)
+    root_command = Part(0x2C, RootErrorCommand)
+    root_status = Part(0x30, RootErrorStatus)
+    root_correctable_source = Part(0x34, Requester)
+    root_uncorrectable_source = Part(0x36, Requester)
+
+    def has(self, name: str) -> bool:
+        """Messages end at the root: there alone is it known who sent one."""
+        if not name.startswith("root"):
+            return True
+        express = _pci_express.of(self.source)
+        return express is not None and express.at_root
 
     @property
     def header_log(self) -> tuple[int, ...]:
@@ -135,6 +180,81 @@ class AlternativeRouting(Capability):
     id, extended = 0x0E, True
     capabilities = Part(4, RoutingCapabilities)
     control = Part(6, RoutingControl)
+
+
+class SrIovCapabilities(Register, width=4, read_only=True):
+    migration = Bit(0)
+    ari_preserved = Bit(1)
+    tag_10_bit_requester = Bit(2)
+    migration_message_number = Bits(21, 11)
+
+
+class SrIovControl(Register, width=2):
+    enable = Bit(0)
+    migration = Bit(1)
+    migration_interrupt = Bit(2)
+    memory = Bit(3)
+    ari = Bit(4)
+    tag_10_bit_requester = Bit(5)
+
+
+class SrIovStatus(Register, width=2, clears=1):
+    migration = Bit(0)
+
+
+class SrIov(Capability):
+    """Single root I/O virtualization: the virtual functions that a physical one can have."""
+
+    id, extended = 0x10, True
+    capabilities = Part(0x04, SrIovCapabilities)
+    control = Part(0x08, SrIovControl)
+    status = Part(0x0A, SrIovStatus)
+    initial_functions = Number(0x0C, 2)
+    total_functions = Number(0x0E, 2)
+    functions = Number(0x10, 2, writable=True)
+    """How many are enabled, or will be."""
+    dependency_link = Number(0x12, 1)
+    first_offset = Number(0x14, 2)
+    stride = Number(0x16, 2)
+    function_device = Number(0x1A, 2)
+    """The device ID that they all have."""
+    supported_page_sizes = Number(0x1C, 4)
+    system_page_size = Number(0x20, 4, writable=True)
+    bar0 = Number(0x24, 4)
+    bar1 = Number(0x28, 4)
+    bar2 = Number(0x2C, 4)
+    bar3 = Number(0x30, 4)
+    bar4 = Number(0x34, 4)
+    bar5 = Number(0x38, 4)
+    migration_state = Part(0x3C, PlaceInBar)
+
+    @property
+    def page_sizes(self) -> list[int]:
+        """Page sizes, in bytes, that the BARs of the virtual functions can be aligned to."""
+        return _pages(self.supported_page_sizes)
+
+    @property
+    def page_size(self) -> int:
+        """The one that they are aligned to, in bytes; 0 where none is chosen."""
+        return next(iter(_pages(self.system_page_size)), 0)
+
+    @property
+    def bars(self) -> list[Bar]:
+        """Where the first virtual function has its memory, the next ones following; those that are not zero."""
+        return bars(self.source, self.offset + SrIov.bar0.offset, 6)
+
+    def routing_id(self, own: int, number: int) -> int:
+        """Bus, slot and function (16 bits) of the virtual function `number`, from 0, of the physical function `own`.
+
+        Raises IndexError for one that is not enabled.
+        """
+        if not 0 <= number < self.functions:
+            raise IndexError(f"virtual function {number}: there are {self.functions}")
+        return (own + self.first_offset + number * self.stride) & 0xFFFF
+
+
+def _pages(mask: int) -> list[int]:
+    return [4096 << n for n in range(32) if mask >> n & 1]
 
 
 class DesignatedVendorHeader(Register, width=4, read_only=True):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from vfio._pci_register import Bit, Bits, Number, Part, Register, Structure
+from vfio._pci_register import Bit, Bits, Number, Part, Register, Source, Structure
 
 STANDARD_SIZE, EXPRESS_SIZE = 256, 4096
 """Bytes of configuration space without and with extended capabilities."""
@@ -75,6 +75,9 @@ class BridgeControl(Register, width=2):
     fast_back_to_back = Bit(7)
 
 
+_IO, _BITS64, _PREFETCHABLE = 1, 4, 8
+
+
 class Bar(NamedTuple):
     """A base address register that is not zero."""
 
@@ -87,6 +90,22 @@ class Bar(NamedTuple):
     def __str__(self) -> str:
         kind = "I/O" if self.io else "64-bit memory" if self.bits64 else "32-bit memory"
         return f"{kind} at {self.address:#x}" + (", prefetchable" if self.prefetchable else "")
+
+
+def bars(source: Source, offset: int, count: int) -> list[Bar]:
+    """Those of `count` base address registers from `offset` on that are not zero."""
+    words = [int.from_bytes(source.read(offset + 4 * n, 4), "little") for n in range(count)]
+    found, index = [], 0
+    while index < len(words):
+        low = words[index]
+        io, bits64 = bool(low & _IO), low & 7 == _BITS64
+        address = low & (~3 if io else ~15)
+        if bits64 and index + 1 < len(words):
+            address |= words[index + 1] << 32
+        if low or address:
+            found.append(Bar(index, address, io, bits64, not io and bool(low & _PREFETCHABLE)))
+        index += 2 if bits64 else 1
+    return found
 
 
 class Header(Structure):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from vfio._pci_capability import Capability
+from vfio._pci_capability import Capability, PlaceInBar
 from vfio._pci_register import Bit, Bits, Number, Part, Register
 
 _STATES = {0: "D0", 1: "D1", 2: "D2", 3: "D3hot"}
@@ -136,19 +136,11 @@ class MsixControl(Register, width=2):
     enable = Bit(15)
 
 
-class MsixLocation(Register, width=4, read_only=True):
-    bar = Bits(0, 3)
-    offset_8 = Bits(3, 29)
-
-    def __str__(self) -> str:
-        return f"BAR{self.bar} at {self.offset_8 << 3:#x}"
-
-
 class Msix(Capability):
     id = 0x11
     control = Part(2, MsixControl)
-    table = Part(4, MsixLocation)
-    pending = Part(8, MsixLocation)
+    table = Part(4, PlaceInBar)
+    pending = Part(8, PlaceInBar)
 
     @property
     def vectors(self) -> int:

@@ -34,6 +34,7 @@ from vfio._pci_capabilities import (
     Msix,
     PowerManagement,
     SerialNumber,
+    SrIov,
     Vendor,
     VitalProductData,
     make,
@@ -47,7 +48,9 @@ from vfio._pci_header import (
     BridgeHeader,
     FunctionHeader,
     Header,
+    bars,
 )
+from vfio._pci_lists import extended, standard
 from vfio._pci_register import Image, Line, Register, Source, Structure
 from vfio.backend import Backend
 
@@ -78,6 +81,7 @@ __all__ = [
     "Register",
     "SerialNumber",
     "Source",
+    "SrIov",
     "Structure",
     "Vendor",
     "VitalProductData",
@@ -86,10 +90,6 @@ __all__ = [
 ]
 
 C = TypeVar("C", bound=Capability)
-
-_IO, _BITS64, _PREFETCHABLE = 1, 4, 8
-_LEAST = 4
-"""Bytes of the smallest capability, of either kind."""
 
 
 class ConfigSpace(Header):
@@ -119,21 +119,8 @@ class ConfigSpace(Header):
     @property
     def bars(self) -> list[Bar]:
         """The base address registers that are not zero."""
-        last = {FunctionHeader: 6, BridgeHeader: 2}.get(type(self.header), 0)
-        found, index = [], 0
-        while index < last:
-            low = self._bar(index)
-            io, bits64 = bool(low & _IO), low & 7 == _BITS64
-            address = low & (~3 if io else ~15)
-            if bits64 and index + 1 < last:
-                address |= self._bar(index + 1) << 32
-            if low or address:
-                found.append(Bar(index, address, io, bits64, not io and bool(low & _PREFETCHABLE)))
-            index += 2 if bits64 else 1
-        return found
-
-    def _bar(self, index: int) -> int:
-        return int.from_bytes(self.source.read(0x10 + 4 * index, 4), "little")
+        count = {FunctionHeader: 6, BridgeHeader: 2}.get(type(self.header), 0)
+        return bars(self.source, 0x10, count)
 
     # --- capabilities ---
 
@@ -162,49 +149,9 @@ class ConfigSpace(Header):
         faults: list[str] = []
         if self.vendor == 0xFFFF:
             return [], ["the device does not answer: all ones is what a frozen, reset or missing device reads"]
-        found = [*self._standard(faults), *self._extended(faults)]
+        found = [make(self.source, at, identity) for at, identity in standard(self.source, faults)]
+        found += (make(self.source, at, *each) for at, *each in extended(self.source, faults))
         return found, faults
-
-    def _standard(self, faults: list[str]) -> Iterator[Capability]:
-        if not self.status.capabilities or self.cut:
-            return
-        at, seen = self.capabilities_pointer & 0xFC, set[int]()
-        while at:
-            if at < HEADER_SIZE:
-                faults.append(f"the list of capabilities leads into the header, to {at:#x}")
-                return
-            if at in seen:
-                faults.append(f"the list of capabilities runs in a circle, back to {at:#x}")
-                return
-            seen.add(at)
-            identity, following = self.source.read(at, 2)
-            if identity == 0xFF:
-                faults.append(f"the capability at {at:#x} reads all ones")
-                return
-            yield make(self.source, at, identity)
-            at = following & 0xFC
-
-    def _extended(self, faults: list[str]) -> Iterator[Capability]:
-        at, seen = STANDARD_SIZE if self.size >= STANDARD_SIZE + _LEAST else 0, set[int]()
-        while at:
-            if at < STANDARD_SIZE:
-                faults.append(f"the list of extended capabilities leads into the first 256 bytes, to {at:#x}")
-                return
-            if at + _LEAST > self.size:
-                faults.append(f"the list of extended capabilities leads to {at:#x}, behind the end")
-                return
-            if at in seen:
-                faults.append(f"the list of extended capabilities runs in a circle, back to {at:#x}")
-                return
-            seen.add(at)
-            header = int.from_bytes(self.source.read(at, 4), "little")
-            if header == 0xFFFF_FFFF:
-                if at > STANDARD_SIZE:  # a device may answer so where it has no extended capabilities at all
-                    faults.append(f"the extended capability at {at:#x} reads all ones")
-                return
-            if header & 0xFFFF:  # else a place holder, which vfio-pci leaves for one that it hides
-                yield make(self.source, at, header & 0xFFFF, header >> 16 & 0xF)
-            at = header >> 20 & 0xFFC
 
     # --- the whole ---
 
