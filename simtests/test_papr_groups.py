@@ -14,6 +14,7 @@ from papr_front import BOTH, BUID, HIGH, LOW, MAP, PAGE, RAM, READ, STATE, WINDO
 import vfio
 from vfio import assign, papr, sysfs
 from vfio.drivers.edu import Edu
+from vfio.fake.backend import FakeBackend
 from vfio.papr import Hcall, Opcode, Rtas
 
 
@@ -193,6 +194,36 @@ def test_device_that_was_removed_is_none_of_the_guest_and_its_windows_stay(pair:
     with pytest.raises(ValueError, match="no device of this PHB"):
         pair.phb.remove(pair.other)
     assert pair.phb.add(pair.other) == pair.other_place
+
+
+def test_group_that_was_the_first_can_leave_as_well() -> None:
+    """The default window was made for it, and stays with the container."""
+    backend = vfio.open_backend("fake:power8")
+    assert isinstance(backend, FakeBackend)
+    found = [each.address for each in backend.machine.topology.devices if each.model == "edu"][:2]
+    assign.bind(found, backend=backend, whole_group=True)
+    with vfio.Container(backend) as container, vfio.DmaBuffer(RAM, backend=backend) as ram:
+        groups = [vfio.Group(sysfs.device(backend, address).group or 0, backend) for address in found]
+        for group in groups:
+            container.attach(group)
+        container.set_iommu(vfio.SpaprTceV2)
+        first, second = (group.device(address) for group, address in zip(groups, found, strict=True))
+        with papr.Phb(container, papr.GuestMemory(ram)) as phb:
+            phb.add(first)
+            guest = papr.Guest(phb, list_page=0)
+            direct = guest.enable_ddw(phb.add(second))
+            assert direct is not None
+            ioba = guest.map(0x8000, PAGE)
+            first.close()
+            groups[0].close()
+            ram[0x8000:0x8005] = b"hello"
+            edu = Edu(second)
+            edu.load(ioba, 5)
+            edu.store(direct.address(0x9000), 5)
+            assert ram[0x9000:0x9005] == b"hello"
+        second.close()
+        groups[1].close()
+    assert backend.leaks() == []
 
 
 def test_with_the_last_group_the_windows_go_and_calls_are_h_parameter(pair: Pair) -> None:

@@ -10,7 +10,8 @@
         direct = papr.Guest(phb).enable_ddw(where)  # or let the guest's side be played, as Linux plays it
 
 A guest is never told of an exception: whatever it passes is answered with a code of PAPR (`Hcall`, `Rtas`), and what it
-may not do changes nothing.  Memory that it has no TCE for is out of its devices' reach.
+may not do changes nothing.  Memory that it has no TCE for is out of its devices' reach.  RTAS calls go by their names
+(`Phb.rtas`), or as a guest makes them, by a block in its memory with a token of `Phb.tokens` (`Opcode.H_RTAS`).
 
 Kernel document: "VFIO - Virtual Function I/O", section "PPC64 sPAPR implementation note"; sources are named in `hcalls`,
 `rtas` and `guest`.

@@ -26,7 +26,7 @@ _U64 = 1 << 64
 
 
 def call(phb: Phb, opcode: int, arguments: Sequence[int]) -> Answer:
-    """What the hypercall answers: H_FUNCTION for one that is none of these four."""
+    """What the hypercall answers: H_FUNCTION for one that is none of these."""
     if opcode not in _CALLS:
         return (Hcall.FUNCTION,)
     count, function = _CALLS[opcode]

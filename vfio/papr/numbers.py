@@ -17,10 +17,15 @@ MAX_INDIRECT = 512
 """TCEs in one H_PUT_TCE_INDIRECT: as many as a list of 4 KiB holds."""
 LIST_BYTES = 4096
 
+MAX_RTAS_WORDS = 16
+"""Arguments and results of an RTAS call together: what the block of a guest has room for."""
+
 LIOBN = 0x80000000
 """Logical I/O bus numbers of a PHB: this, its index in bits 8 and up, the number of the window below."""
 BUID = 0x0800000020000000
 """BUID (bus unit id) of PHB 0; the next ones follow."""
+TOKEN = 0x2000
+"""The first token of an RTAS call."""
 PE_ADDRESS = 1
 """What tells the address of a PE, ``00BB0001``, from that of a function, ``00BBDF00``."""
 
@@ -32,6 +37,8 @@ class Opcode(IntEnum):
     H_PUT_TCE = 0x20
     H_STUFF_TCE = 0x138
     H_PUT_TCE_INDIRECT = 0x13C
+    H_RTAS = 0xF000
+    """Of KVM and QEMU, not of PAPR: the firmware that they give a guest makes it for each RTAS call."""
 
 
 class Hcall(IntEnum):

@@ -12,9 +12,9 @@ from vfio.device import Device
 from vfio.iommu.spapr import Spapr
 from vfio.iommu.spapr_v1 import SpaprTce
 from vfio.iommu.spapr_v2 import SpaprTceV2
-from vfio.papr import hcalls, rtas
+from vfio.papr import block, hcalls, rtas
 from vfio.papr.memory import GuestMemory
-from vfio.papr.numbers import BUID, LIOBN, PE_ADDRESS
+from vfio.papr.numbers import BUID, LIOBN, PE_ADDRESS, TOKEN, Opcode
 from vfio.papr.table import TceTable
 
 _DEFAULT_PAGE = 4096
@@ -46,6 +46,8 @@ class Phb(Closing):
         self.largest_window = largest_window or 1 << (memory.end - 1).bit_length()
         self.liobns = [LIOBN | index << 8 | n for n in range(self.ddw.info.max_windows if self.ddw else 1)]
         """The numbers that windows can have; the default window has the first."""
+        self.tokens = {name: TOKEN + n for n, name in enumerate(rtas.NAMES)}
+        """The tokens of the RTAS calls, for the guest's device tree; a monitor with calls of its own sets others."""
         self.lock = threading.RLock()
         """Held by each call: a guest makes them on all of its processors."""
         self.devices: dict[int, Device] = {}
@@ -101,8 +103,13 @@ class Phb(Closing):
                 del self.devices[address]
 
     def hcall(self, opcode: int, *arguments: int) -> tuple[int, ...]:
-        """Make a hypercall: its code (`Hcall`), and what it puts in registers beside that."""
+        """Make a hypercall: its code (`Hcall`), and what it puts in registers beside that.
+
+        H_RTAS makes an RTAS call that is a block in the guest's memory.
+        """
         with self.lock:
+            if opcode == Opcode.H_RTAS:
+                return (block.call(self, arguments),)
             return hcalls.call(self, opcode, arguments)
 
     def rtas(self, name: str, *arguments: int, results: int) -> list[int]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from vfio import errors
 from vfio.eeh import State
 from vfio.papr.numbers import (
+    MAX_RTAS_WORDS,
     EehOption,
     LogKind,
     PeInfo,
@@ -32,8 +33,6 @@ T = TypeVar("T")
 _U32 = (1 << 32) - 1
 _SMALLEST_PAGE_SHIFT = 12
 _EEH_CAPABLE = 1
-_MOST_WORDS = 16
-"""Of the answer to a call in a shape that it does not have: a guest's block of arguments has no more for both."""
 _ASK_AGAIN = 1000
 """Milliseconds after which a guest may ask a PE that is unavailable again."""
 
@@ -47,7 +46,7 @@ def call(phb: Phb, name: str, arguments: Sequence[int], results: int) -> list[in
 
     A number of words that no guest has room for is answered as far as it can have.
     """
-    results = max(0, min(results, _MOST_WORDS))
+    results = max(0, min(results, MAX_RTAS_WORDS))
     try:
         if name not in _CALLS or not all(0 <= word <= _U32 for word in arguments):
             raise _Wrong
@@ -207,4 +206,4 @@ _CALLS: dict[str, tuple[int, tuple[int, ...], Callable[..., list[int]]]] = {
 }
 
 NAMES = tuple(_CALLS)
-"""The calls that there are; a monitor gives each a token of its own, in the guest's device tree."""
+"""The calls that there are."""
