@@ -33,6 +33,7 @@ from papr_front import (
 )
 
 from vfio import papr
+from vfio.drivers.edu import Edu
 from vfio.papr import Hcall, Rtas
 from vfio.papr.numbers import page_mask, page_shifts
 
@@ -236,6 +237,41 @@ def test_reset_of_the_slot(front: Front, kind: int) -> None:
     assert front.rtas(SLOT_RESET, 1, *BUID, papr.SlotReset.DEACTIVATE) == [Rtas.SUCCESS]
     assert front.rtas(CONFIGURE, 1, *BUID) == [Rtas.SUCCESS]
     assert front.rtas(STATE, 1, *BUID, results=4)[1] == 0
+
+
+@pytest.mark.parametrize("kind", ["intx", "msi"])
+def test_interrupts_of_the_monitor_survive_a_reset_of_the_slot(front: Front, kind: str) -> None:
+    irq = getattr(front.device, kind)
+    with irq.enable() as vector:
+        for _ in range(2):  # a guest that asks twice is reset twice
+            assert front.rtas(SLOT_RESET, 1, *BUID, papr.SlotReset.HOT) == [Rtas.SUCCESS]
+        with pytest.raises(OSError) as caught:  # noqa: PT011  its errno is what counts
+            irq.trigger()
+        assert caught.value.errno == errno.EINVAL
+        assert front.rtas(SLOT_RESET, 1, *BUID, papr.SlotReset.DEACTIVATE) == [Rtas.SUCCESS]
+        assert front.rtas(CONFIGURE, 1, *BUID) == [Rtas.SUCCESS]
+        edu = Edu(front.device)
+        edu.interrupt()
+        assert vector.wait(1) == 1
+        edu.acknowledge()
+
+
+def test_interrupts_stay_enabled_where_a_reset_is_refused(front: Front) -> None:
+    with front.device.msi.enable() as vector:
+        front.backend.machine.hooks.fail("VFIO_EEH_PE_OP", errno.EIO)
+        assert front.rtas(SLOT_RESET, 1, *BUID, papr.SlotReset.HOT) == [Rtas.HARDWARE_ERROR]
+        front.device.msi.trigger()
+        assert vector.take() == 1
+
+
+def test_interrupts_that_cannot_be_enabled_again_are_a_hardware_error_and_are_tried_again(front: Front) -> None:
+    with front.device.msi.enable() as vector:
+        assert front.rtas(SLOT_RESET, 1, *BUID, papr.SlotReset.HOT) == [Rtas.SUCCESS]
+        front.backend.machine.hooks.fail("VFIO_DEVICE_SET_IRQS", errno.ENOMEM)
+        assert front.rtas(SLOT_RESET, 1, *BUID, papr.SlotReset.DEACTIVATE) == [Rtas.HARDWARE_ERROR]
+        assert front.rtas(SLOT_RESET, 1, *BUID, papr.SlotReset.DEACTIVATE) == [Rtas.SUCCESS]
+        front.device.msi.trigger()
+        assert vector.take() == 1
 
 
 @pytest.mark.parametrize(("name", "option"), [(OPTION, 4), (SLOT_RESET, 2), (SLOT_RESET, 4), (OPTION, 0xFFFFFFFF)])

@@ -58,6 +58,10 @@ class Device(Closing):
         return self._fd
 
     @property
+    def closed(self) -> bool:
+        return self._fd is None
+
+    @property
     def iommu(self) -> Iommu:
         """The IOMMU of the device's container."""
         container = self.group.container

@@ -230,6 +230,11 @@ class Irq:
         return self._vectors is not None
 
     @property
+    def cleared_by_reset(self) -> bool:
+        """Whether a reset of the device clears it: INTx, MSI and MSI-X; ERR and REQ are the host's own, and survive."""
+        return self.index <= uapi.VFIO_PCI_MSIX_IRQ_INDEX
+
+    @property
     def resizable(self) -> bool:
         """Whether vectors can be added behind those that were allocated when it was enabled."""
         return not self.flags & uapi.VFIO_IRQ_INFO_NORESIZE

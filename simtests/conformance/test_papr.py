@@ -203,6 +203,26 @@ def test_guest_resets_the_slot_and_its_device_works_again(front, device):
     assert Edu(device).invert(0) == 0xFFFFFFFF
 
 
+@POWERNV
+@pytest.mark.lab_only
+@pytest.mark.parametrize("kind", ["intx", "msi"])
+def test_interrupts_of_the_monitor_survive_a_guests_reset(front, device, edu_driver, kind):
+    phb, where, _ = front(4 * MIB)
+    with getattr(device, kind).enable() as vector:
+        edu_driver.interrupt()
+        assert vector.wait(2) == 1
+        edu_driver.acknowledge()
+        if kind == "intx":
+            device.intx.unmask()
+        assert eeh_call(phb, "ibm,set-slot-reset", where, papr.SlotReset.HOT) == [0]
+        assert eeh_call(phb, "ibm,set-slot-reset", where, papr.SlotReset.DEACTIVATE) == [0]
+        assert eeh_call(phb, "ibm,configure-pe", where) == [0]
+        device.enable_bus_master()
+        edu_driver.interrupt()
+        assert vector.wait(2) == 1
+        edu_driver.acknowledge()
+
+
 @PSERIES
 def test_guest_of_a_guest_has_no_eeh(front):
     phb, where, _ = front(4 * MIB)

@@ -183,12 +183,8 @@ def _cleared(space: pci.ConfigSpace) -> Iterator[_Saved]:
 def interrupts(device: Device) -> Iterator[str]:
     """Disable and enable again what was enabled, with the same eventfds; tells each."""
     for irq in device.irqs():
-        if irq.enabled and irq.index in _CLEARED:
+        if irq.enabled and irq.cleared_by_reset:
             yield f"{irq}: {irq.rearm()} eventfds"
-
-
-_CLEARED = (uapi.VFIO_PCI_INTX_IRQ_INDEX, uapi.VFIO_PCI_MSI_IRQ_INDEX, uapi.VFIO_PCI_MSIX_IRQ_INDEX)
-"""ERR and REQ are the host's own and survive."""
 
 
 def memory(device: Device) -> str:

@@ -12,6 +12,7 @@ from vfio.device import Device
 from vfio.iommu.spapr import Spapr
 from vfio.iommu.spapr_v1 import SpaprTce
 from vfio.iommu.spapr_v2 import SpaprTceV2
+from vfio.irq import Irq
 from vfio.papr import block, hcalls, rtas
 from vfio.papr.memory import GuestMemory
 from vfio.papr.numbers import BUID, LIOBN, PE_ADDRESS, TOKEN, Opcode
@@ -53,6 +54,7 @@ class Phb(Closing):
         self.devices: dict[int, Device] = {}
         """The devices by their configuration address in the guest."""
         self._tables: dict[int, TceTable] = {}
+        self._suspended: set[Irq] = set()
         with ExitStack() as undo:
             if isinstance(iommu, SpaprTceV2):
                 for block in memory.blocks:
@@ -183,6 +185,26 @@ class Phb(Closing):
                 self.remove_window(liobn)
         if not self.tables and info.window_size:
             self.create_window(_DEFAULT_PAGE, info.window_size)
+
+    def suspend_interrupts(self) -> None:
+        """Disable in the kernel what a reset clears.  The end of a reset lets INTx through while VFIO takes it for masked,
+        and the host switches a line off for good that is up and that nobody answers for.
+
+        Raises `errors.NoInterrupt`; `rearm_interrupts` enables them again.
+        """
+        for device in dict.fromkeys(self.devices.values()):
+            for irq in () if device.closed else device.irqs():
+                if irq.enabled and irq.cleared_by_reset:
+                    irq.suspend()
+                    self._suspended.add(irq)
+
+    def rearm_interrupts(self) -> None:
+        """Enable them again, with the eventfds that the monitor has for them.  Raises `errors.NoInterrupt`."""
+        while self._suspended:
+            irq = next(iter(self._suspended))
+            if not irq.device.closed:
+                irq.rearm()
+            self._suspended.discard(irq)
 
     @staticmethod
     def _address(bus: int, slot: int, function: int) -> int:

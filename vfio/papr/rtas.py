@@ -146,7 +146,17 @@ def _slot_reset(phb: Phb, results: int, address: int, high: int, low: int, optio
         SlotReset.HOT: eeh.assert_reset,
         SlotReset.FUNDAMENTAL: lambda: eeh.assert_reset("fundamental"),
     }
-    _chosen(operations, option)()
+    operation = _chosen(operations, option)
+    if option == SlotReset.DEACTIVATE:
+        operation()
+        phb.rearm_interrupts()
+        return [Rtas.SUCCESS]
+    phb.suspend_interrupts()
+    try:
+        operation()
+    except OSError:
+        phb.rearm_interrupts()
+        raise
     return [Rtas.SUCCESS]
 
 
