@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from vfio import assign, owner, sysfs
+from vfio import assign, owner
 from vfio.plan import Plan
 
 from . import output
@@ -103,7 +103,7 @@ def _report(options: Options, changed: Plan, dry_run: bool) -> None:
         click.echo(f"{device.address}: {device.driver or 'no driver'} -> {move.driver or 'no driver'}")
     for gift in changed.gifts:
         belongs_to = owner.named(gift.after.uid, gift.after.gid)
-        click.echo(f"{sysfs.node(gift.after.group)}: belongs to {belongs_to}, mode {gift.after.mode:04o}")
+        click.echo(f"{gift.after.path}: belongs to {belongs_to}, mode {gift.after.mode:04o}")
     if not changed.moves and not changed.gifts:
         click.echo("nothing to change")
 
@@ -121,7 +121,7 @@ def _as_json(changed: Plan) -> dict[str, Any]:
         ],
         "nodes": [
             {
-                "path": sysfs.node(gift.after.group),
+                "path": gift.after.path,
                 "uid": gift.after.uid,
                 "gid": gift.after.gid,
                 "mode": f"{gift.after.mode:04o}",

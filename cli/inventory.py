@@ -9,6 +9,7 @@ import click
 
 from vfio import errors, obstacles, owner, pciids, sysfs, usage
 from vfio.backend import Backend, missing
+from vfio.iommu.noiommu import WARNING
 
 from . import opened, output
 from .options import Options, common, pci_address
@@ -140,6 +141,9 @@ def why(options: Options, address: str) -> None:
         me = owner.me(options.backend)
         seen = "" if me.uid == 0 else "; only root could see whether another user has it open"
         click.echo(f"{address} is ready to be opened by {me}{seen}")
+        group = sysfs.group_of(options.backend, address)
+        if group is not None and sysfs.unprotected(options.backend, group):
+            output.note(WARNING.format(number=group))
 
 
 COMMANDS = (list_devices, show, why)
@@ -163,7 +167,7 @@ def _name(device: sysfs.PciDevice) -> str:
 def _node(backend: Backend, group: int | None) -> dict[str, Any] | None:
     if group is None:
         return None
-    path = sysfs.node(group)
+    path = sysfs.node_of(backend, group)
     try:
         status = backend.stat(path)
     except OSError as error:

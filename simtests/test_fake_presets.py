@@ -83,8 +83,8 @@ def test_a_file_is_a_machine(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("url", "why"),
     [
-        ("fake:", "no topology ''; there are document, example, p4080, power10"),
-        ("fake:power6", "no topology 'power6'; there are document, example, p4080, power10"),
+        ("fake:", "no topology ''; there are document, example, noiommu, p4080, power10"),
+        ("fake:power6", "no topology 'power6'; there are document, example, noiommu, p4080, power10"),
         ("fake:../power8", "../power8: cannot be read"),
         ("fake:nowhere.toml", "nowhere.toml: cannot be read"),
         (

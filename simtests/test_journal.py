@@ -33,7 +33,7 @@ def test_the_journal_is_written_before_anything_is_changed(host):
         "version": 1,
         "boot_id": "5f0b",
         "devices": [{"address": DISK, "group": 2, "driver": "nvme", "override": None, "new_id": None}],
-        "nodes": [{"group": 2, "uid": 0, "gid": 0, "mode": 0o600}],
+        "nodes": [{"group": 2, "uid": 0, "gid": 0, "mode": 0o600, "unprotected": False}],
     }
 
 

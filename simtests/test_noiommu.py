@@ -3,6 +3,8 @@
 import errno
 
 import pytest
+from click.testing import CliRunner
+from vfio_cli.main import cli
 
 import vfio
 import vfio.drivers.edu
@@ -99,3 +101,46 @@ def test_container_takes_one_kind_of_group_and_its_driver_alone(backend, bare):
     assert container.set_iommu(uapi.VFIO_NOIOMMU_IOMMU) == 0
     assert container.map(0x1000, 0, 4096) == -errno.ENOTTY
     program.close_all()
+
+
+# --- for whoever looks at it from outside ---
+
+
+def run(backend, *words):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vfio.backend.open_backend", lambda url=None: backend)
+        return CliRunner().invoke(cli, words, prog_name="vfio")
+
+
+def test_user_without_rights_is_told_whose_the_node_is(backend, bare):
+    alice = backend.another_process(uid=1000)
+    with pytest.raises(errors.AccessDenied, match=f"/dev/vfio/noiommu-{bare}"):
+        vfio.Group(bare, alice)
+
+
+def test_node_is_given_away_and_restored_by_its_own_name(backend, bare, state_dir):
+    node = f"/dev/vfio/noiommu-{bare}"
+    result = run(backend, "bind", BARE, "--user", "1234")
+    assert (result.exit_code, result.stdout) == (0, f"{node}: belongs to 1234:root, mode 0600\n")
+    assert backend.stat(node).uid == 1234
+    assert f"{node}, 1234:root 0600" in run(backend, "show", BARE).stdout
+    assert run(backend, "restore", "--all").exit_code == 0
+    assert backend.stat(node).uid == 0
+
+
+def test_why_warns_before_the_device_is_opened(backend, bare):
+    result = run(backend, "why", BARE)
+    assert (result.exit_code, result.stdout) == (0, f"{BARE} is ready to be opened by root (uid 0)\n")
+    assert result.stderr.startswith(f"vfio: group {bare} has no IOMMU (/dev/vfio/noiommu-{bare}): its device can read")
+    assert run(backend, "why", WITH_IOMMU).stderr == ""
+
+
+@pytest.mark.filterwarnings("ignore::vfio.iommu.noiommu.UnsafeWarning")
+def test_groups_that_do_not_mix_are_told_apart(backend, bare):
+    with vfio.Container(backend) as container, vfio.Group(bare, backend) as alone, vfio.Group(2, backend) as protected:
+        for first, second in ((alone, protected), (protected, alone)):
+            container.attach(first)
+            with pytest.raises(errors.CallFailed, match="with an IOMMU and groups without one") as caught:
+                container.attach(second)
+            assert caught.value.errno == errno.EPERM
+            container.detach(first)

@@ -148,7 +148,7 @@ def test_machines_of_the_lab_begin_with_an_edu(name: str) -> None:
 
 
 def test_the_machines_of_the_lab_are_packaged() -> None:
-    assert LAB == ["power10", "power8", "power9", "pseries", "siblings", "x86"]
+    assert LAB == ["noiommu", "power10", "power8", "power9", "pseries", "siblings", "x86"]
 
 
 @pytest.mark.parametrize("name", ["power8", "power9", "power10"])
@@ -166,7 +166,8 @@ def test_load_takes_the_path_of_a_file(tmp_path: Path) -> None:
 
 def test_unknown_name_lists_the_packaged_ones() -> None:
     with pytest.raises(
-        TopologyError, match=r"no topology 'power6'; there are document, example, p4080, power10, power7, power8"
+        TopologyError,
+        match=r"no topology 'power6'; there are document, example, noiommu, p4080, power10, power7, power8",
     ):
         topology.load("power6")
 

@@ -200,7 +200,7 @@ def _changed(backend: Backend, planned: plan.Plan) -> list[str]:
         found += [move.device.address for move in planned.moves if not _is_back(backend, move.before)]
         for node in planned.nodes:
             if plan.node_state(backend, node.group) not in (None, node):
-                found.append(sysfs.node(node.group))
+                found.append(node.path)
     return found
 
 
@@ -263,7 +263,7 @@ def _return_nodes(backend: Backend, nodes: Iterable[journal.NodeState]) -> list[
             if now is not None:
                 _make(backend, plan.Gift(now, plan.Access.like(node)).steps)
         except OSError as error:
-            failures.append((sysfs.node(node.group), error))
+            failures.append((node.path, error))
     return failures
 
 
@@ -308,7 +308,7 @@ def nobody_has(backend: Backend, groups: Iterable[int | None], wait: float) -> I
 
 
 def _open_when_free(backend: Backend, group: int, deadline: float) -> int | None:
-    node = sysfs.node(group)
+    node = sysfs.node_of(backend, group)
     while True:
         try:
             return backend.open(node, os.O_RDWR)

@@ -133,7 +133,7 @@ class Bind:
             return errors.KernelTooOld(number, what, release)
         if number == errno.EBUSY:
             group = sysfs.group_of(backend, self.address)
-            found = [] if group is None else holders.of(backend, sysfs.node(group))
+            found = [] if group is None else holders.of(backend, sysfs.node_of(backend, group))
             if found:
                 return errors.Busy(f"{what}: group {group} is in use through VFIO", found)
         if number == errno.ENODEV:

@@ -21,16 +21,6 @@ if TYPE_CHECKING:
 D = TypeVar("D", bound=Device)
 
 
-def path(number: int) -> str:
-    """The group's node."""
-    return f"/dev/vfio/{number:d}"
-
-
-def unprotected_path(number: int) -> str:
-    """The node of a group without an IOMMU."""
-    return f"/dev/vfio/noiommu-{number:d}"
-
-
 class Group(Closing):
     """An open group.  Only one process can have it open.
 
@@ -55,9 +45,9 @@ class Group(Closing):
 
     def _open(self) -> int:
         try:
-            return self.backend.open(path(self.number), os.O_RDWR)
+            return self.backend.open(sysfs.node(self.number), os.O_RDWR)
         except FileNotFoundError:
-            unsafe = unprotected_path(self.number)
+            unsafe = sysfs.node(self.number, unprotected=True)
             if not self.backend.exists(unsafe):
                 raise
         fd = self.backend.open(unsafe, os.O_RDWR)
@@ -136,8 +126,9 @@ class Group(Closing):
             self.container.forget(self)
 
     def _open_error(self, error: OSError) -> errors.VfioError:
-        node, what = path(self.number), f"cannot open group {self.number}"
-        if error.errno == errno.EPERM and self.backend.exists(unprotected_path(self.number)):
+        unprotected, what = sysfs.unprotected(self.backend, self.number), f"cannot open group {self.number}"
+        node = sysfs.node(self.number, unprotected)
+        if error.errno == errno.EPERM and unprotected:
             why = "it has no IOMMU, and only a process with CAP_SYS_RAWIO may use such a group"
             return errors.CallFailed(errno.EPERM, what, why, "run it as root, or turn on the host's IOMMU")
         if error.errno == errno.EBUSY:

@@ -12,7 +12,7 @@ from vfio import errors
 from vfio.backend import Backend
 
 _DEVICE_FD = "anon_inode:[vfio-device]"
-_GROUP_FD = re.compile(r"/dev/vfio/\d+( \(deleted\))?")
+_GROUP_FD = re.compile(r"/dev/vfio/(?:noiommu-)?\d+( \(deleted\))?")
 _COMMAND_LENGTH = 60
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import quote
 
 from vfio import address as addresses
-from vfio import errors
+from vfio import errors, sysfs
 from vfio.backend import Backend, missing
 
 DIRECTORY = "VFIO_STATE_DIR"
@@ -55,6 +55,12 @@ class NodeState:
     gid: int = 0
     mode: int = 0o600
     """Permission bits.  The defaults are those that the kernel gives a new node."""
+    unprotected: bool = False
+    """Whether it is ``/dev/vfio/noiommu-N``."""
+
+    @property
+    def path(self) -> str:
+        return sysfs.node(self.group, self.unprotected)
 
 
 @dataclass
@@ -211,6 +217,8 @@ def _parse(where: Path, content: Any) -> Journal:
     for item in content["nodes"]:
         node = NodeState(**item)
         _check_numbers(node.group, node.uid, node.gid, node.mode)
+        if not isinstance(node.unprotected, bool):
+            raise ValueError(f"{node.unprotected!r} is not true or false")
         if node.mode & ~0o7777:
             raise ValueError(f"{node.mode:#o} is not a file mode")
         journal.nodes[node.group] = node

@@ -31,7 +31,7 @@ def of(backend: Backend, address: str) -> list[errors.VfioError]:
         if not device.does_host_dma:  # else it is among the blockers
             found.append(errors.NotBound(device.address, device.driver))
         return found
-    node = sysfs.node(device.group)
+    node = sysfs.node_of(backend, device.group)
     if having := holders.having_open(backend, node):
         found.append(errors.Busy(f"group {device.group} is in use", having))
     if denied := _denied(backend, node):

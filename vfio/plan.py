@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from vfio import changes as change
@@ -44,11 +44,11 @@ class Access(NamedTuple):
 
     def of(self, node: journal.NodeState) -> journal.NodeState:
         """The node with this access."""
-        return journal.NodeState(
-            node.group,
-            node.uid if self.uid is None else self.uid,
-            node.gid if self.gid is None else self.gid,
-            node.mode if self.mode is None else self.mode,
+        return replace(
+            node,
+            uid=node.uid if self.uid is None else self.uid,
+            gid=node.gid if self.gid is None else self.gid,
+            mode=node.mode if self.mode is None else self.mode,
         )
 
 
@@ -101,7 +101,7 @@ class Gift:
     @property
     def steps(self) -> list[change.Change]:
         """The changes, in order."""
-        before, after, node = self.before, self.after, sysfs.node(self.after.group)
+        before, after, node = self.before, self.after, self.after.path
         steps: list[change.Change] = []
         if (before.uid, before.gid) != (after.uid, after.gid):
             steps.append(change.Chown(node, after.uid, after.gid))
@@ -321,12 +321,13 @@ def _goes(backend: Backend, group: int, moves: Iterable[Move]) -> bool:
 def node_state(backend: Backend, group: int) -> journal.NodeState | None:
     """Owner and mode of the group's node; None where it does not exist."""
     try:
-        status = backend.stat(sysfs.node(group))
+        unprotected = sysfs.unprotected(backend, group)
+        status = backend.stat(sysfs.node(group, unprotected))
     except OSError as error:
         if missing(error):
             return None
         raise
-    return journal.NodeState(group, status.uid, status.gid, status.mode & 0o7777)
+    return journal.NodeState(group, status.uid, status.gid, status.mode & 0o7777, unprotected)
 
 
 def note_stale(planned: Plan, book: journal.Journal) -> None:

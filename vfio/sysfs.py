@@ -78,9 +78,19 @@ def path(address: str, *names: str) -> str:
     return "/".join((DEVICES, addresses.parse(address), *names))
 
 
-def node(group: int) -> str:
-    """The character device of a group."""
-    return f"/dev/vfio/{group:d}"
+def node(group: int, unprotected: bool = False) -> str:
+    """The character device of a group; `unprotected`: of one without an IOMMU."""
+    return f"/dev/vfio/{'noiommu-' if unprotected else ''}{group:d}"
+
+
+def unprotected(backend: Backend, group: int) -> bool:
+    """Whether the kernel made this group for a device that no IOMMU keeps from the host's memory."""
+    return _text(backend, f"{GROUPS}/{group:d}/name") == "vfio-noiommu"
+
+
+def node_of(backend: Backend, group: int) -> str:
+    """The character device that a group has on this host."""
+    return node(group, unprotected(backend, group))
 
 
 def _text(backend: Backend, name: str) -> str | None:

@@ -59,6 +59,7 @@ class Platform:
     kernel: str = "6.12"  # whose answers the modelled kernel gives, unless the URL says otherwise
     release: str | None = None  # what uname -r says, where it is known
     memory: int = 16 << 30  # bytes of RAM, unless [machine] says
+    noiommu: bool = False  # whether the kernel is built to give users devices without an IOMMU (CONFIG_VFIO_NOIOMMU)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,14 @@ class Flavour:
 
     architecture: Architecture
     page_size: int  # bytes
+    base: str | None = None  # the flavour that it is, with a module built anew; None: one that Debian packages
+    options: tuple[str, ...] = ()  # that the module has on
 
 
-KERNELS = {"powerpc64le": Flavour(POWER, 4096), "powerpc64le-64k": Flavour(POWER, 65536), "amd64": Flavour(X86, 4096)}
-"""By the name that Debian's packages have."""
+KERNELS = {
+    "powerpc64le": Flavour(POWER, 4096),
+    "powerpc64le-64k": Flavour(POWER, 65536),
+    "amd64": Flavour(X86, 4096),
+    "amd64-noiommu": Flavour(X86, 4096, "amd64", ("VFIO_NOIOMMU",)),
+}
+"""By the name that Debian's packages have, where they do."""

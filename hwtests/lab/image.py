@@ -1,7 +1,7 @@
 """What the emulated machines boot: a Debian kernel, its few modules, and a small userland, cached per user.
 
     CACHE/userland[-amd64]-RECIPE.cpio  busybox, Python and the Python packages that tests need
-    CACHE/FLAVOUR-RECIPE/               vmlinux, modules.cpio, release
+    CACHE/FLAVOUR-RECIPE/               vmlinux, modules.cpio, release; one of them may be built anew
     CACHE/headers-RECIPE/usr/include    the suite's <linux/*.h>
 
 RECIPE is a digest of everything below that decides what goes in: a changed recipe is another file, an old one is
@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from hwtests.lab import bake, cpio
-from hwtests.lab.architecture import KERNELS, POWER, Architecture
+from hwtests.lab import bake, cpio, module
+from hwtests.lab.architecture import KERNELS, POWER, Architecture, Flavour
 from hwtests.lab.errors import LabError
 from hwtests.lab.packages import SUITE, Archive, Report, unpack
 
@@ -91,9 +91,10 @@ def modules_of(architecture: Architecture) -> list[str]:
     return [*MODULES[:3], *architecture.modules, *MODULES[3:]]
 
 
-def _recipe(architecture: Architecture) -> str:
+def _recipe(architecture: Architecture, options: tuple[str, ...] = ()) -> str:
     parts = (3, SUITE, architecture.name, _USERLAND, _PRUNED, modules_of(architecture))
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:10]
+    rebuilt = (module.RECIPE, options) if options else ()
+    return hashlib.sha256(repr(parts + rebuilt).encode()).hexdigest()[:10]
 
 
 _NAME = re.compile(rf"(?:userland(?:-amd64)?|headers|{'|'.join(KERNELS)})-[0-9a-f]{{10}}(?:\.cpio)?")
@@ -137,7 +138,7 @@ def _build(architecture: Architecture, flavours: list[str], report: Report, refr
     if not wanted and userland.exists():
         return
     with _building(cache_directory(), architecture, report) as archive:
-        for flavour in wanted:
+        for flavour in dict.fromkeys(each for name in wanted for each in (KERNELS[name].base, name) if each):
             if refresh or not _image(flavour).exists():  # another process may just have built it
                 _replace(_image(flavour), partial(_build_kernel, archive, flavour, report))
         if refresh or not userland.exists():
@@ -146,7 +147,8 @@ def _build(architecture: Architecture, flavours: list[str], report: Report, refr
 
 
 def _image(flavour: str) -> Path:
-    return cache_directory() / f"{flavour}-{_recipe(KERNELS[flavour].architecture)}"
+    chosen = KERNELS[flavour]
+    return cache_directory() / f"{flavour}-{_recipe(chosen.architecture, chosen.options)}"
 
 
 def _userland(architecture: Architecture = POWER) -> Path:
@@ -187,7 +189,7 @@ def _building(root: Path, architecture: Architecture, report: Report) -> Iterato
             yield archive
         finally:
             _delete(root / "apt")
-        current = {_recipe(kernel.architecture) for kernel in KERNELS.values()}
+        current = {_recipe(kernel.architecture, kernel.options) for kernel in KERNELS.values()}
         for old in root.iterdir():
             if (_NAME.fullmatch(old.name) and old.name.partition(".")[0][-10:] not in current) or old.name.startswith(
                 "new-"
@@ -272,6 +274,9 @@ def _skeleton(root: Path) -> Iterator[cpio.Entry]:
 
 
 def _build_kernel(archive: Archive, flavour: str, report: Report, target: Path) -> None:
+    if KERNELS[flavour].base:
+        _rebuild_kernel(archive, KERNELS[flavour], report, target)
+        return
     deb = archive.fetch_newest(f"linux-image-{flavour}", rf"linux-image-[0-9].*-{re.escape(flavour)}")
     name = deb.name.partition("_")[0]
     report(f"unpacking {name}")
@@ -285,6 +290,16 @@ def _build_kernel(archive: Archive, flavour: str, report: Report, target: Path) 
     base = root / "usr" / "lib" / "modules" / release
     with (target / "modules.cpio").open("wb") as stream:
         cpio.write(stream, module_entries(base, f"usr/lib/modules/{release}", modules_of(architecture)))
+
+
+def _rebuild_kernel(archive: Archive, flavour: Flavour, report: Report, target: Path) -> None:
+    """The base with its module built anew, in an archive behind those that it has."""
+    assert flavour.base
+    shutil.copytree(_image(flavour.base), target)
+    release = (target / "release").read_text().strip()
+    data = module.build(archive, release, flavour.options, target.with_suffix(".root"), report)
+    with (target / "modules.cpio").open("ab") as stream:
+        cpio.write(stream, [cpio.file(f"usr/lib/modules/{release}/kernel/{module.NAME}.ko", data)])
 
 
 def module_entries(base: Path, prefix: str, names: Iterable[str]) -> Iterator[cpio.Entry]:

@@ -64,8 +64,9 @@ def roms_of(machine: Topology) -> dict[str, bytes]:
 
 def _phb(phb: Phb, first_bus: str, drives: dict[str, Path], roms: Mapping[str, Path]) -> Iterator[str]:
     if phb.root_port:
-        yield from ("-device", f"pnv-phb,chip-id=0,index={phb.index},id=phb{phb.index}")
-        yield from ("-device", f"{phb.root_port.model},bus=phb{phb.index},id=port{phb.index}")
+        yield from ("-device", _host_bridge(phb, phb.root_port))
+        properties = "".join(f",{name}={value}" for name, value in phb.root_port.properties)
+        yield from ("-device", f"{phb.root_port.model},bus=phb{phb.index},id=port{phb.index}{properties}")
         bus = f"port{phb.index}"
     elif phb.index == 0:  # pseries and PCs have this one anyway
         bus = first_bus
@@ -74,6 +75,14 @@ def _phb(phb: Phb, first_bus: str, drives: dict[str, Path], roms: Mapping[str, P
         bus = f"phb{phb.index}.0"
     for device in phb.devices:
         yield from _device(device, bus, drives, roms)
+
+
+def _host_bridge(phb: Phb, root_port: Device) -> str:
+    """A PHB that has a root port: powernv's own, or a PC's second root bus, which the IOMMU has if devices have groups."""
+    if root_port.model.startswith("pnv-"):
+        return f"pnv-phb,chip-id=0,index={phb.index},id=phb{phb.index}"
+    bypass = "off" if any(device.group is not None for device in phb.devices) else "on"
+    return f"pxb-pcie,bus=pcie.0,bus_nr={root_port.bus},bypass_iommu={bypass},id=phb{phb.index}"
 
 
 def _device(device: Device, bus: str, drives: dict[str, Path], roms: Mapping[str, Path]) -> Iterator[str]:

@@ -88,7 +88,8 @@ def _targets() -> dict[str, Target]:
             target = name + flavour.removeprefix("powerpc64le")
             append = hugepages.get(target, "")
             found[target] = Target(target, machine, flavour, f"{described}; {kernel.page_size >> 10}K pages", append)
-    found["q35"] = Target("q35", "x86", "amd64", topology.load("x86").description, "intel_iommu=on")
+    for name, machine, flavour in (("q35", "x86", "amd64"), ("noiommu", "noiommu", "amd64-noiommu")):
+        found[name] = Target(name, machine, flavour, topology.load(machine).description, "intel_iommu=on")
     return found
 
 

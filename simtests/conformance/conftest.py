@@ -57,7 +57,7 @@ _TARGETS = {
     "x86": "q35",
 }
 """Presets of the fake, and which target of the lab each is like."""
-_FOR_SOME = {"siblings": "siblings"}
+_FOR_SOME = {"siblings": "siblings", "noiommu": "noiommu"}
 """Those for the cases that name them alone."""
 
 _SERVED = ("power8", "power8?page_size=65536", "pseries")

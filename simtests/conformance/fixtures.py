@@ -40,10 +40,14 @@ EVERY_TYPE = [
 
 
 def runs_on(item: pytest.Item, target: str) -> bool:
-    """Whether a case is for a target of the lab: for those that its marks name, and for q35 if it is not about POWER."""
-    if target == "q35" and item.get_closest_marker("power"):
+    """Whether a case is for a target of the lab: for those that its marks name, and for q35 if it is not about POWER.
+
+    The target `noiommu` is for the cases that name it alone.
+    """
+    marks = list(item.iter_markers("targets"))
+    if (target == "q35" and item.get_closest_marker("power")) or (target == "noiommu" and not marks):
         return False
-    return all(target in mark.args for mark in item.iter_markers("targets"))
+    return all(target in mark.args for mark in marks)
 
 
 @pytest.fixture

@@ -44,17 +44,21 @@ def file_range(index: int, offset: int = 0) -> int:
 class RawDevice:
     """A device that is on vfio-pci, opened through a container of its own: three descriptors, and calls on them."""
 
-    def __init__(self, backend: Backend, address: str) -> None:
+    def __init__(self, backend: Backend, address: str, iommu: int | None = None) -> None:
         self.backend, self.address = backend, address
         self.container = backend.open("/dev/vfio/vfio", os.O_RDWR)
-        self.group = backend.open(sysfs.node(group_number(backend, address)), os.O_RDWR)
+        name = "noiommu-" if iommu == uapi.VFIO_NOIOMMU_IOMMU else ""
+        self.group = backend.open(f"/dev/vfio/{name}{group_number(backend, address)}", os.O_RDWR)
         backend.ioctl(self.group, uapi.VFIO_GROUP_SET_CONTAINER, int32(self.container))
-        self._set_iommu()
+        self._set_iommu(iommu)
         self.fd = self.open_again()
         self._descriptors = [self.container, self.group, self.fd]
 
-    def _set_iommu(self) -> None:
-        """sPAPR v2, or Type1v2 where nobody has that."""
+    def _set_iommu(self, iommu: int | None) -> None:
+        """That one; or sPAPR v2, or Type1v2 where nobody has that."""
+        if iommu is not None:
+            self.backend.ioctl(self.container, uapi.VFIO_SET_IOMMU, iommu)
+            return
         try:
             self.backend.ioctl(self.container, uapi.VFIO_SET_IOMMU, uapi.VFIO_SPAPR_TCE_v2_IOMMU)
         except OSError as error:

@@ -145,7 +145,7 @@ class HostWatch(Closing):
     def _changes(self) -> Iterator[tuple[PeStatus, str]]:
         """The PEs in use whose files in sysfs are others than before."""
         for address, group in self._groups.items():
-            having = holders.having_open(self.backend, sysfs.node(group)) if group is not None else []
+            having = holders.having_open(self.backend, sysfs.node_of(self.backend, group)) if group is not None else []
             if not having:
                 self._states.pop(address, None)
                 continue
@@ -175,5 +175,5 @@ def held(backend: Backend, pe: PeStatus) -> list[errors.Holder]:
     with suppress(OSError):
         group = sysfs.group_of(backend, pe.address)
         if group is not None:
-            return holders.having_open(backend, sysfs.node(group))
+            return holders.having_open(backend, sysfs.node_of(backend, group))
     return []

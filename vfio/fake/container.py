@@ -68,7 +68,7 @@ class Container:
         real = [] if noiommu else self.core.iommu_drivers
         return [*real, *([] if noiommu is False else [NoIommuDriver])]
 
-    def set_iommu(self, kind: int) -> None:
+    def set_iommu(self, process: Process, kind: int) -> None:
         """VFIO_SET_IOMMU.  The errno of the last driver that claims the type, or ENODEV if none does."""
         if not self.groups or self.iommu:
             raise fail(errno.EINVAL)
@@ -77,6 +77,8 @@ class Container:
             if driver.check_extension(self.core.machine, kind) <= 0:
                 continue
             try:
+                if driver is NoIommuDriver and not process.sys_rawio:
+                    raise fail(errno.EPERM)
                 instance = driver.open(self.core, kind)
             except OSError as refused:
                 error = refused
@@ -97,7 +99,6 @@ class Container:
         iommu_group = group.claimed
         if self.groups and self.noiommu != group.noiommu:
             raise fail(errno.EPERM)
-        self.noiommu = group.noiommu
         if not group.noiommu:
             iommu_group.claim_dma_owner(group)
         if self.iommu:
@@ -106,6 +107,7 @@ class Container:
             except OSError:
                 iommu_group.release_dma_owner()
                 raise
+        self.noiommu = group.noiommu
         group.container, group.container_users = self, 1
         self.groups.insert(0, group)
         self.get()
@@ -142,7 +144,7 @@ class ContainerFile(File):
         if n == _CHECK_EXTENSION:
             return self.container.check_extension(argument.value)
         if n == _SET_IOMMU:
-            self.container.set_iommu(argument.value)
+            self.container.set_iommu(process, argument.value)
             return 0
         if iommu is None:
             raise fail(errno.EINVAL)

@@ -10,6 +10,7 @@ from vfio.fake.device_file import HeldMapping, VfioDevice
 from vfio.fake.group import VfioGroup
 from vfio.fake.iommu_group import IommuGroup
 from vfio.fake.kernel_error import KernelWouldBlock, fail
+from vfio.fake.kernel_log import INFO, WARNING
 from vfio.fake.pamu import PamuDomain
 from vfio.fake.registration import Registrations
 from vfio.fake.spapr import SpaprTce
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from vfio.fake.pe import Pe
     from vfio.fake.process import Process
 
+TAINT_USER = 1 << 6
+"""Of /proc/sys/kernel/tainted: the user asked for it."""
 REQUEST_INTERVAL = 10.0
 """Seconds between two requests to a user to let go of a device."""
 _LOOK_AGAIN = 0.1  # seconds of real time: how soon a blocked call notices that the virtual clock was moved
@@ -44,7 +47,7 @@ class VfioCore:
         self.iommu_drivers: list[type[IommuDriver]] = [self.platform_driver]
         """Registered IOMMU drivers; empty while no such module is loaded."""
         self.noiommu = False
-        """The module's parameter enable_unsafe_noiommu_mode."""
+        """The module's parameter enable_unsafe_noiommu_mode, which a kernel built with CONFIG_VFIO_NOIOMMU has."""
         self.devices: dict[PciDevice, VfioDevice] = {}
         """What bus drivers have registered."""
         self.mappings: dict[Process, list[HeldMapping]] = {}
@@ -88,8 +91,7 @@ class VfioCore:
         if pci.group is None:
             if not self.noiommu:
                 raise fail(errno.EINVAL)
-            number = self._free(self.machine.iommu_groups)
-            pci.group = self.machine.iommu_groups[number] = IommuGroup(number, "vfio-noiommu", [pci])
+            pci.group = self._group_without_iommu(pci)
         group = self.groups.get(pci.group.number)
         if group is None:
             group = self.groups[pci.group.number] = VfioGroup(self, pci.group, self._free(self._minors))
@@ -100,6 +102,17 @@ class VfioCore:
         group.devices.insert(0, device)
         self.devices[pci] = device
         return device
+
+    def _group_without_iommu(self, pci: PciDevice) -> IommuGroup:
+        """A new group for a device that has none; from now on the kernel is tainted.  (vfio_noiommu_group_alloc)"""
+        machine = self.machine
+        number = self._free(machine.iommu_groups)
+        group = machine.iommu_groups[number] = IommuGroup(number, "vfio-noiommu", [pci])
+        name = f"vfio-pci {pci.address}"
+        machine.log.write(INFO, f"{name}: Adding to iommu group {number}")
+        machine.log.write(WARNING, f"{name}: Adding kernel taint for vfio-noiommu group on device")
+        machine.tainted |= TAINT_USER
+        return group
 
     def unregister_device(self, pci: PciDevice, process: Process | None = None) -> None:
         """The bus driver takes `pci` back.  Nobody can open it any more; users are asked to close it, and waited for.
@@ -154,6 +167,7 @@ class VfioCore:
             if group.noiommu:
                 del self.machine.iommu_groups[group.number]
                 device.pci.group = None
+                self.machine.log.write(INFO, f"vfio-pci {device.pci.address}: Removing from iommu group {group.number}")
 
     def free_minor(self, group: VfioGroup) -> None:
         """Nothing refers to the group any more."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vfio.backend import Mapping
 from vfio.fake.file import File
 from vfio.fake.kernel_error import fail
+from vfio.fake.kernel_log import WARNING
 
 if TYPE_CHECKING:
     from vfio.fake.bus_driver import VfioDeviceOps
@@ -38,7 +39,7 @@ class VfioDevice:
     def open(self, process: Process) -> None:
         """One more file; the first enables the device."""
         if self.open_count == 0:
-            self.group.use_container()
+            self.group.use_container(process)
             try:
                 self.ops.open(self.data, process)
             except BaseException:
@@ -72,6 +73,10 @@ class DeviceFile(File):
         self.device.open(process)
         self._open = True
         self.device.files.append(self)
+        if self.device.group.noiommu:
+            machine, address = self.device.pci.machine, self.device.pci.address
+            who = f"{machine.driver_core.host.command(process)[0].rpartition('/')[2][:15]}:{process.pid}"
+            machine.log.write(WARNING, f"vfio-pci {address}: vfio-noiommu device opened by user ({who})")
 
     def release(self) -> None:
         if not self._open:

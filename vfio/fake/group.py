@@ -39,7 +39,7 @@ class VfioGroup:
         """None once its last device has left: what still has the group open gets ENODEV."""
         self.minor = minor
         self.noiommu = False
-        """Whether it was made for a device without an IOMMU; then CAP_SYS_RAWIO, which root has, is needed to use it."""
+        """Whether it was made for a device without an IOMMU; then CAP_SYS_RAWIO is needed to use it."""
         self.uid = 0
         self.gid = 0
         self.mode = 0o600
@@ -68,14 +68,18 @@ class VfioGroup:
         """Open the node: EACCES by its mode, EBUSY while it is open (duplicates of one file do not count)."""
         if not process.may(_READ_WRITE, self.uid, self.gid, self.mode):
             raise fail(errno.EACCES)
-        if self.noiommu and process.uid != 0:
-            raise fail(errno.EPERM)
+        self.check_allowed(process)
         if self.opened_file:
             raise fail(errno.EBUSY)
         self.opened_file = GroupFile(self)
         return self.opened_file
 
-    def set_container(self, file: File | None) -> None:
+    def check_allowed(self, process: Process) -> None:
+        """EPERM for a process that may not reach all of the machine: without an IOMMU, the device can."""
+        if self.noiommu and not process.sys_rawio:
+            raise fail(errno.EPERM)
+
+    def set_container(self, process: Process, file: File | None) -> None:
         """VFIO_GROUP_SET_CONTAINER; `file` is None for one that is not the model's."""
         if self.container:
             raise fail(errno.EINVAL)
@@ -83,6 +87,7 @@ class VfioGroup:
             raise fail(errno.ENODEV)
         if not isinstance(file, ContainerFile):
             raise fail(errno.EBADFD)
+        self.check_allowed(process)
         file.container.attach_group(self)
 
     def unset_container(self) -> None:
@@ -93,10 +98,11 @@ class VfioGroup:
             raise fail(errno.EBUSY)
         self.container.detach_group(self)
 
-    def use_container(self) -> None:
+    def use_container(self, process: Process) -> None:
         """A device is about to be opened: EINVAL without a container that has an IOMMU set."""
         if not self.container or not self.container.iommu or not self.opened_file:
             raise fail(errno.EINVAL)
+        self.check_allowed(process)
         self.opened_file.get()
         self.container_users += 1
 
@@ -138,7 +144,7 @@ class GroupFile(File):
     def __init__(self, group: VfioGroup) -> None:
         super().__init__()
         self.group = group
-        self.link = f"/dev/vfio/{group.number}"
+        self.link = f"/dev/vfio/{group.node}"
 
     def release(self) -> None:
         self.group.closed()
@@ -149,7 +155,7 @@ class GroupFile(File):
             return self._get_status(argument)
         if n == _SET_CONTAINER:
             number = int.from_bytes(argument.copy_in(4), _NATIVE, signed=True)
-            group.set_container(process.lookup(number))
+            group.set_container(process, process.lookup(number))
             return 0
         if n == _UNSET_CONTAINER:
             group.unset_container()

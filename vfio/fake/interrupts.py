@@ -28,6 +28,7 @@ _MASK, _UNMASK, _TRIGGER = 0x08, 0x10, 0x20
 _MINSZ = 20
 _MSI_ADDRESS = 0xFFFF_0000_0000
 _MESSAGE_SIZE = 4  # bytes
+_ENOTSUPP = 524  # the kernel's own errno, which has no name in user space
 
 
 class Interrupts:
@@ -284,6 +285,8 @@ class Interrupts:
         pci = self._pci
         if pci.power_state != 0:
             raise fail(errno.EINVAL)
+        if pci.group and pci.machine.vfio.groups[pci.group.number].noiommu and pci.machine.topology.iommu.ranges:
+            raise fail(_ENOTSUPP)  # the host's IOMMU remaps all messages, and does not know this function
         if index == MSI:
             self.msi_queue_max = (vectors - 1).bit_length()
             pci.enable_msi(_MSI_ADDRESS, self.msi_queue_max)

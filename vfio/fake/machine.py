@@ -58,6 +58,8 @@ class Machine:
         self.clock = Clock()
         self.log = KernelLog(self.clock)
         """What /dev/kmsg tells."""
+        self.tainted = 0
+        """What /proc/sys/kernel/tainted shows."""
         self.hooks = Hooks()
         self.processes: list[Process] = []
         self.iommu_groups: dict[int, IommuGroup] = {}

@@ -46,6 +46,11 @@ class Process:
         self._files: dict[int, File] = {}
         machine.processes.append(self)
 
+    @property
+    def sys_rawio(self) -> bool:
+        """CAP_SYS_RAWIO."""
+        return self.uid == 0
+
     # --- descriptors ---
 
     @property

@@ -23,7 +23,12 @@ def root(machine: Machine, process: Process) -> Directory:
     """The directory, as a process sees it."""
     host = machine.driver_core.host
     kernel = directory(
-        {"osrelease": text(host.release), "random": directory({"boot_id": text(host.boot_id)})}, mode=0o555
+        {
+            "osrelease": text(host.release),
+            "random": directory({"boot_id": text(host.boot_id)}),
+            "tainted": Attribute(lambda: f"{machine.tainted}\n", mode=0o644),
+        },
+        mode=0o555,
     )
     files: dict[str, Node | None] = {
         "cpuinfo": Attribute(lambda: _cpuinfo(machine)),

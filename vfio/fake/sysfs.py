@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _READ, _WRITE, _SEARCH = 4, 2, 1
 _MOST_LINKS = 40
 _ISA_BRIDGE = 0x0601
+_NOIOMMU = "enable_unsafe_noiommu_mode"
 _GROUP_TYPES = ("identity", "DMA", "DMA-FQ")
 
 
@@ -228,7 +229,8 @@ def _btrfs(machine: Machine) -> Directory:
 
 def _group(machine: Machine, group: IommuGroup) -> Directory:
     """/sys/kernel/iommu_groups/N."""
-    chosen = bool(machine.topology.iommu.ranges)
+    vfio_group = machine.vfio.groups.get(group.number)
+    chosen = bool(machine.topology.iommu.ranges) and not (vfio_group and vfio_group.noiommu)
 
     def set_type(given: str) -> None:
         kind = given.removesuffix("\n")
@@ -247,7 +249,9 @@ def _group(machine: Machine, group: IommuGroup) -> Directory:
                 {pci.address: Link(f"../../../..{pci_sysfs.path(pci).removeprefix('/sys')}") for pci in group.devices}
             ),
             **({"name": text(group.name)} if group.name else {}),
-            "reserved_regions": Attribute(lambda: _reserved(machine, group)),
+            "reserved_regions": Attribute(
+                lambda: _reserved(machine, group) if chosen or not machine.topology.iommu.ranges else ""
+            ),
             "type": Attribute(lambda: f"{group.domain_type}\n" if chosen else "unknown\n", set_type),
         }
     )
@@ -297,7 +301,7 @@ def _classes(machine: Machine) -> Directory:
         numbers = core.vfio_devices.items()
         return directory({f"vfio{n}": below(address, "vfio-dev", f"vfio{n}") for address, n in numbers})
 
-    vfio = [str(number) for number in machine.vfio.groups]
+    vfio = [group.node for group in machine.vfio.groups.values()]
     return directory(
         {
             "block": block,
@@ -335,8 +339,8 @@ def _virtual(machine: Machine) -> Directory:
     """/sys/devices/virtual: devices without hardware of their own."""
     major = devtmpfs.VFIO_MAJOR
     groups = {
-        str(number): _class_device(f"{major}:{group.minor}", f"vfio/{number}", "../../../../class/vfio")
-        for number, group in machine.vfio.groups.items()
+        group.node: _class_device(f"{major}:{group.minor}", f"vfio/{group.node}", "../../../../class/vfio")
+        for group in machine.vfio.groups.values()
     }
     container = _class_device("10:196", "vfio/vfio", "../../../../class/misc")
     return directory(
@@ -366,9 +370,25 @@ def _has_vfio(machine: Machine) -> bool:
 
 
 def _modules(machine: Machine) -> Directory:
+    def set_noiommu(given: str) -> None:
+        machine.vfio.noiommu = _boolean(given)
+
     loaded = {driver.module for driver in machine.driver_core.drivers.values()}
     if _has_vfio(machine):
         loaded |= {"vfio", "vfio_pci_core"}
         platform = "vfio_iommu_type1" if machine.topology.iommu.ranges else "vfio_iommu_spapr_tce"
         loaded |= {platform} if machine.vfio.iommu_drivers else set()
-    return directory({name: directory({}) for name in sorted(loaded)})
+    parameters = {_NOIOMMU: Attribute(lambda: "NY"[machine.vfio.noiommu] + "\n", set_noiommu)}
+    with_parameters = directory({"parameters": directory(parameters)})
+    has_parameter = {"vfio"} if machine.topology.platform.noiommu else set()
+    return directory({name: with_parameters if name in has_parameter else directory({}) for name in sorted(loaded)})
+
+
+def _boolean(given: str) -> bool:
+    """What a parameter of a module understands (kstrtobool): the first letter counts, or two of on and off."""
+    for letters, value in (("yYtT1", True), ("nNfF0", False)):
+        if given[:1] in tuple(letters):
+            return value
+    if given[:2].lower() in ("on", "of"):
+        return given[1:2].lower() == "n"
+    raise fail(errno.EINVAL)

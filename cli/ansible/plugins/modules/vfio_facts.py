@@ -231,7 +231,7 @@ def _node(backend: Any, group: int) -> dict[str, str] | None:
     if state is None:
         return None
     return {
-        "path": library.sysfs.node(group),
+        "path": state.path,
         "owner": library.owner.named(state.uid, state.gid),
         "mode": f"{state.mode:04o}",
     }
