@@ -26,6 +26,7 @@ from simtests.conformance.processes import OtherProcess
 from vfio import uapi
 from vfio.backend import Mapping, Memory, open_backend
 from vfio.backends.surroundings import CLOSED, EVENTFD, Surroundings
+from vfio.backends.trace import BITMAP_DATA, BITMAP_SIZE
 from vfio.fake.backend import FakeBackend
 
 Record = dict[str, Any]
@@ -405,6 +406,9 @@ def _struct(record: Record) -> type[uapi.Struct] | None:
 
 
 def _size_field(record: Record) -> int | None:
+    buffer = _buffer_of(record)
+    if buffer and str(BITMAP_DATA) in buffer.get("places", {}):
+        return BITMAP_SIZE
     struct = _struct(record)
     fields = uapi.fields(struct) if struct else ()
     return next((each.offset for each in fields if each.name == "size"), None)

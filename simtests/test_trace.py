@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import struct
 
 import pytest
 
@@ -50,6 +51,8 @@ ANSWERS = {
     uapi.VFIO_IOMMU_MAP_DMA: OSError(errno.ENXIO, os.strerror(errno.ENXIO)),
     uapi.VFIO_IOMMU_SPAPR_TCE_CREATE: create,
     uapi.VFIO_DEVICE_SET_IRQS: 0,
+    uapi.VFIO_IOMMU_DIRTY_PAGES: 0,
+    uapi.VFIO_IOMMU_UNMAP_DMA: 0,
 }
 
 
@@ -110,6 +113,22 @@ def test_json_holds_symbols_in_place_of_addresses_and_descriptors():
     created = by_request["VFIO_IOMMU_SPAPR_TCE_CREATE"]["args"][2]
     assert created["before"] != created["after"]
     assert bytes.fromhex(created["after"])[32:] == (1 << 59).to_bytes(8, "little")
+
+
+def test_bitmap_of_dirty_pages_is_a_place_where_it_is_asked_for():
+    def ask(backend):
+        container, memory = backend.open("/dev/vfio/vfio", os.O_RDWR), backend.allocate(backend.page_size)
+        for request, flag in (
+            (uapi.VFIO_IOMMU_DIRTY_PAGES, uapi.VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP),
+            (uapi.VFIO_IOMMU_UNMAP_DMA, uapi.VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP),
+        ):
+            for flags in (flag, 0):
+                words = (48, flags, 0x100000, 0x3000, 4096, 8, memory.address + 64)
+                backend.ioctl(container, request, bytearray(struct.pack("=2I5Q", *words)))
+
+    records = [json.loads(line) for line in run(JsonTrace, ask) if '"ioctl"' in line]
+    place = {"40": {"place": "memory1", "offset": 64}}
+    assert [record["args"][2].get("places") for record in records] == [place, None, place, None]
 
 
 def test_an_answer_passes_through_untouched():

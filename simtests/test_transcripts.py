@@ -50,6 +50,7 @@ LEFT_OUT = {
     "library_pci::test_sysfs_of_who_is_not_root_ends_behind_the_header",
     "library_pci::test_sysfs_shows_every_device_of_the_host_without_a_fault",
     "pci_reset_state::test_way_through_d3hot_keeps_configuration_space",
+    "sysfs_files::test_pc_resets_a_card_by_its_power_state_and_an_edu_not_at_all",
     "sysfs_files::test_reset_through_the_file_keeps_configuration_space",
     "sysfs_files::test_root_reads_all_of_configuration_space_and_others_64_bytes",
     # modules, signals, other processes: no calls of the seam

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from simtests.conformance.fixtures import PC
 from simtests.conformance.pci_calls import PROBE, VFIO_PCI, on_vfio, outcome
 from simtests.conformance.raw import Member, answer
 from vfio import sysfs, uapi
@@ -214,3 +215,100 @@ def test_siblings_can_be_open_in_one_container_and_by_one_process_only(program, 
         assert container.group.device(disk) >= 0
         assert other_program().open(member.node) == -errno.EBUSY
         program.close_all()
+
+
+# --- the group of a PC's chipset ---
+
+ISA_BRIDGE, AHCI, SMBUS = (f"0000:00:1f.{function}" for function in (0, 2, 3))
+
+
+@pytest.fixture
+def controller(program, backend) -> Iterator[Member]:
+    """The SATA controller of the chipset, on vfio-pci; its group has the ISA bridge and the SMBus as well."""
+    with on_vfio(backend, AHCI):
+        yield Member(AHCI, sysfs.group_of(backend, AHCI))
+        program.close_all()
+
+
+@PC
+def test_function_of_the_chipset_is_a_device_like_any_other(program, controller):
+    backend, container = program.backend, program.attached(controller)
+    assert container.group.status() == VIABLE | CONTAINER_SET
+    for address in (ISA_BRIDGE, SMBUS):
+        assert container.group.device(address) == -errno.ENODEV
+    device = container.group.device(AHCI)
+    sizes, counts = [], []
+    for index in range(9):
+        region = uapi.vfio_region_info(index=index)
+        sizes.append(
+            (answer(backend.ioctl, device, uapi.VFIO_DEVICE_GET_REGION_INFO, uapi.buffer(region)), region.size)
+        )
+    assert sizes == [(0, 0)] * 4 + [(0, 0x20), (0, 0x1000), (0, 0), (0, 256), (-errno.EINVAL, 0)]
+    for index in range(5):
+        irq = uapi.vfio_irq_info(index=index)
+        counts.append((answer(backend.ioctl, device, uapi.VFIO_DEVICE_GET_IRQ_INFO, uapi.buffer(irq)), irq.count))
+    assert counts == [(0, 1), (0, 1), (0, 0), (-errno.EINVAL, 0), (0, 1)]
+    assert backend.pread(device, 12, 7 << 40).hex() == "868022290301100002010601"
+    assert backend.pread(device, 1, (7 << 40) + 0x34) == b"\x80"
+    assert [backend.pread(device, 2, (7 << 40) + at).hex() for at in (0x80, 0xA8)] == ["05a8", "1200"]
+
+
+@PC
+def test_sibling_in_the_chipset_does_no_harm_on_pci_stub_and_joins_on_vfio(
+    program, controller, load_driver: Callable[[str], None]
+):
+    load_driver("pci-stub")
+    backend = program.backend
+    give(backend, SMBUS, "pci-stub")
+    try:
+        container = program.attached(controller)
+        assert container.group.status() == VIABLE | CONTAINER_SET
+        assert container.group.device(SMBUS) == -errno.ENODEV
+        backend.write_text("/sys/bus/pci/drivers/pci-stub/unbind", SMBUS)
+        give(backend, SMBUS, "vfio-pci")
+        assert container.group.device(SMBUS) >= 0
+        program.close_all()
+    finally:
+        backend.write_text(f"{sysfs.path(SMBUS, 'driver')}/unbind", SMBUS)
+        backend.write_text(sysfs.path(SMBUS, "driver_override"), "\n")
+
+
+@PC
+def test_isa_bridge_and_host_bridge_can_be_had(program, backend):
+    for address, kind in ((ISA_BRIDGE, "000106"), ("0000:00:00.0", "000006")):
+        with on_vfio(backend, address):
+            container = program.attached(Member(address, sysfs.group_of(backend, address)))
+            device = container.group.device(address)
+            assert backend.pread(device, 3, (7 << 40) + 9).hex() == kind
+            assert backend.pread(device, 2, (7 << 40) + 0x3C) == bytes(2)  # no interrupt
+            program.close_all()
+
+
+@PC
+@pytest.mark.spoils  # the driver has set its device up
+def test_network_driver_of_the_host_keeps_its_group_and_gives_it_back(
+    program, target, load_driver: Callable[[str], None]
+):
+    backend = program.backend
+    card = next(each for each in target.topology.devices if each.model == "e1000e")
+    driver, type_path = sysfs.path(card.address, "driver"), sysfs.path(card.address, "iommu_group", "type")
+    with on_vfio(backend, card.address):
+        container = program.attached(Member(card.address, card.group))
+        load_driver("e1000e")
+        assert outcome(backend.write_text, "/sys/bus/pci/drivers/e1000e/bind", card.address) == "ENODEV"  # the override
+        program.close_all()
+    backend.write_text(PROBE, card.address)
+    assert sysfs.driver_of(backend, card.address) == "e1000e"
+    assert not backend.exists(f"/dev/vfio/{card.group}")
+    assert outcome(backend.write_text, f"{VFIO_PCI}/bind", card.address) == "ENODEV"
+    for text, error in (("auto", "EPERM"), ("DMA", "EPERM"), ("identity", "EPERM"), ("x", "EINVAL")):
+        assert outcome(backend.write_text, type_path, text) == error
+    backend.write_text(sysfs.path(card.address, "driver_override"), "vfio-pci")
+    assert outcome(backend.write_text, f"{VFIO_PCI}/bind", card.address) == "EBUSY"
+    backend.write_text(f"{driver}/unbind", card.address)
+    backend.write_text(PROBE, card.address)
+    container = program.attached(Member(card.address, card.group))
+    assert container.group.device(card.address) >= 0
+    program.close_all()
+    backend.write_text(f"{driver}/unbind", card.address)
+    backend.write_text(sysfs.path(card.address, "driver_override"), "\n")

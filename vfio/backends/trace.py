@@ -35,6 +35,13 @@ _CONTAINER = "/dev/vfio/vfio"
 _SPAPR = (uapi.VFIO_SPAPR_TCE_IOMMU, uapi.VFIO_SPAPR_TCE_v2_IOMMU)
 _ADDRESSES = ("vaddr",)
 """Fields that hold an address of this process."""
+BITMAP_SIZE, BITMAP_DATA = 32, 40
+"""Where a struct that asks Type1 for dirty pages has the size and the address of their bitmap."""
+_WITH_BITMAP = {
+    uapi.vfio_iommu_type1_dma_unmap: uapi.VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP,
+    uapi.vfio_iommu_type1_dirty_bitmap: uapi.VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP,
+}
+"""Those structs, and the flag by which they ask."""
 _POINTED_AT = 64
 """Bytes that are kept of what an address points to: no struct of an ioctl is longer."""
 
@@ -328,12 +335,14 @@ class TraceBackend(Backend):
         return tuple(self._surroundings.layout(address, length)) if place and self._surroundings else ()
 
     def _layout_of(self, argument: Argument) -> tuple[Run, ...]:
-        """What the range is that a struct names by its vaddr and size."""
+        """What the range is that a struct names by its vaddr and size, or as its bitmap."""
         if argument.struct is None or not argument.places:
             return ()
-        sizes = [each for each in uapi.fields(argument.struct) if each.name == "size"]
+        sizes = [each.offset for each in uapi.fields(argument.struct) if each.name == "size"]
         ((at, place),) = argument.places.items()
-        length = number_at(argument.before, sizes[0].offset, sizes[0].size) if sizes else 0
+        if at == BITMAP_DATA:
+            sizes = [BITMAP_SIZE]
+        length = number_at(argument.before, sizes[0], 8) if sizes else 0
         return self._layout(number_at(argument.before, at, 8), length, place)
 
     def _argument(self, number: RequestNumber, data: bytes) -> Argument:
@@ -351,6 +360,11 @@ class TraceBackend(Backend):
                     argument.places[each.offset] = place
             elif each.name == "fd":
                 self._descriptor_at(argument, each.offset)
+        asks = _WITH_BITMAP.get(argument.struct, 0) & number_at(data, 4, 4)
+        if asks and len(data) >= BITMAP_DATA + 8:
+            place = self._place(number_at(data, BITMAP_DATA, 8), number_at(data, BITMAP_SIZE, 8))
+            if place:
+                argument.places[BITMAP_DATA] = place
         if argument.struct is uapi.vfio_irq_set and number_at(data, 4, 4) & uapi.VFIO_IRQ_SET_DATA_EVENTFD:
             self._descriptors_from(argument, uapi.offsetof(uapi.vfio_irq_set, "data"))
         elif argument.struct is uapi.vfio_pci_hot_reset:

@@ -204,7 +204,9 @@ class DriverCore:
             elif device.pe is not None:
                 self.machine.eeh.join(pci, self.machine.eeh.pe(phb.domain, device.pe))
             self.devices[device.address] = pci
-            self.host.files[device.address] = Files(numa_node=-1 if self._is_guest else 0)
+            self.host.files[device.address] = Files(
+                numa_node=-1 if self.machine.topology.platform.name in ("pSeries", "PC") else 0
+            )
             found.append(pci)
         self.devices = dict(sorted(self.devices.items(), key=lambda item: (item[1].domain, item[0])))
         return found
