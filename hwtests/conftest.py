@@ -190,8 +190,8 @@ def _wanted(config: pytest.Config, item: pytest.Item) -> bool:
     from hwtests.lab.pytest_lab import target_of
 
     target = target_of(item)
-    if target == "q35" and not marks and not item.path.name.startswith("test_conformance_"):
-        return False  # what is no conformance case and names no target is about POWER
+    if target == "q35" and not marks and not item.path.name.startswith(("test_conformance_", "test_fuzz")):
+        return False  # what else names no target is about POWER
     return runs_on(item, target)
 
 
