@@ -243,7 +243,11 @@ def test_kernel_of_which_no_version_is_listed_raises(lagging: packages.Archive) 
 
 def test_targets_are_every_power_machine_with_both_page_sizes_and_two_pcs() -> None:
     power = ("powernv8", "powernv9", "powernv10", "pseries", "siblings")
-    assert list(targets.TARGETS) == [*(f"{name}{suffix}" for name in power for suffix in ("", "-64k")), "q35", "noiommu"]
+    assert list(targets.TARGETS) == [
+        *(f"{name}{suffix}" for name in power for suffix in ("", "-64k")),
+        "q35",
+        "noiommu",
+    ]
     assert (targets.target("powernv8").page_size, targets.target("powernv8-64k").page_size) == (4096, 65536)
 
 

@@ -8,8 +8,11 @@ import pytest
 import vfio
 from simtests.conformance.raw import Member, Program
 from simtests.conformance.type1_calls import ALL, MAP_VADDR, NESTING, PAGE, TYPE1_V2, VADDR, available, unmap
-from vfio import errors
+from vfio import errors, topology
 from vfio.drivers.edu import Edu
+from vfio.fake.backend import FakeBackend
+from vfio.fake.machine import Machine
+from vfio.fake.process import Process
 from vfio.fake.type1 import Type1
 from vfio.iommu.dirty import DirtyPages
 
@@ -160,7 +163,60 @@ def test_explicit_iova_costs_one_call(iommu, backend, buffers):
     assert backend.machine.hooks.calls["VFIO_IOMMU_GET_INFO"] == before
 
 
-# --- Groups that cannot come in ---
+# --- Groups that cannot come in, or bring less with them ---
+
+OTHER, OTHER_GROUP = "0000:00:05.0", 2
+
+
+def described(line, more):
+    """A PC whose description has one more line behind `line`; both edus are on vfio-pci."""
+    source = (topology._PACKAGED / "x86.toml").read_text()
+    assert source.count(f"\n{line}\n") == 1
+    machine = Machine(topology.parse(source.replace(f"\n{line}\n", f"\n{line}\n{more}\n")))
+    backend = FakeBackend(machine, Process(machine))
+    for address in (ADDRESS, OTHER):
+        backend.write_text(f"/sys/bus/pci/devices/{address}/driver_override", "vfio-pci\n")
+        backend.write_text("/sys/bus/pci/drivers/vfio-pci/bind", address)
+    return backend
+
+
+def with_firmware():
+    return described(f'address = "{OTHER}"', "reserved = [{ start = 0x10000, end = 0x1ffff }]")
+
+
+def test_group_takes_what_its_firmware_uses_from_the_container_and_gives_it_back():
+    backend = with_firmware()
+    first = "0x0000000000010000 0x000000000001ffff direct"
+    regions = backend.read_text(f"/sys/kernel/iommu_groups/{OTHER_GROUP}/reserved_regions")
+    assert regions.splitlines()[0] == first
+    whole = ((0, 0xFEDFFFFF), (0xFEF00000, 0x7FFFFFFFFF))
+    with vfio.open_device(ADDRESS, backend) as device, vfio.Group(OTHER_GROUP, backend) as group:
+        assert device.iommu.info.ranges == whole
+        device.iommu.container.attach(group)
+        assert device.iommu.info.ranges == ((0, 0xFFFF), (0x20000, 0xFEDFFFFF), whole[1])
+        with vfio.DmaBuffer(1 << 16, backend=backend) as buffer, device.iommu.map(buffer) as dma:
+            assert dma.iova == 0x20000
+        device.iommu.container.detach(group)
+        assert device.iommu.info.ranges == whole
+    assert backend.leaks() == []
+
+
+def test_group_does_not_come_in_where_its_firmware_would_reach_what_is_mapped():
+    backend = with_firmware()
+    with vfio.DmaBuffer(PAGE, backend=backend) as buffer, vfio.open_device(ADDRESS, backend) as device:
+        with device.iommu.map(buffer, 0x1F000), vfio.Group(OTHER_GROUP, backend) as group:
+            with pytest.raises(errors.CallFailed, match="reserved for the group's devices") as caught:
+                device.iommu.container.attach(group)
+            assert caught.value.errno == errno.EINVAL
+    assert backend.leaks() == []
+
+
+def test_without_remapping_of_interrupts_there_is_no_iommu_to_be_had():
+    backend = described("[iommu]", "remaps_interrupts = false")
+    with pytest.raises(errors.VfioError, match="sending each other's interrupts") as caught:
+        vfio.open_device(ADDRESS, backend)
+    assert caught.value.errno == errno.EPERM
+    assert backend.leaks() == []
 
 
 @pytest.mark.parametrize(

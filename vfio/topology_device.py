@@ -9,6 +9,7 @@ from vfio.topology_parts import Bar, Device, Disk, Interface, Msix
 from vfio.topology_table import Table
 
 _ADDRESS = re.compile(r"(?P<domain>[0-9a-f]{4,8}):(?P<bus>[0-9a-f]{2}):(?P<slot>[01][0-9a-f])\.(?P<function>[0-7])")
+_RESERVED_PAGE = 4096
 _SLOT = re.compile(r"(?P<slot>[01]?[0-9a-f])\.(?P<function>[0-7])")
 _NUMBER = re.compile(r"(\d{1,3}):(\d{1,7})")
 _BRIDGE = 0x06
@@ -51,6 +52,7 @@ def device(table: Table, domain: int, on_bus: bool) -> Device:
         revision=table.optional("revision", maximum=0xFF),
         secondary_bus=table.optional("secondary_bus", minimum=1, maximum=0xFF),
         window=topology_iommu.window(table.table("window")) if table.has("window") else None,
+        reserved=topology_iommu.ranges(table.optional_tables("reserved"), _RESERVED_PAGE),
         driver=table.optional_name("driver"),
         driver_override=table.optional_name("driver_override"),
         overridable=table.boolean("overridable") if table.has("overridable") else True,

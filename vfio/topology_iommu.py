@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from vfio.topology_parts import Iommu, Pamu, Window
 from vfio.topology_table import Table
 
@@ -34,15 +36,30 @@ def type1(table: Table) -> Iommu:
     """The IOMMU of a PC: no windows, ranges of IOVA."""
     page_sizes = table.integer("page_sizes", minimum=1)
     page = page_sizes & -page_sizes
-    ranges: list[tuple[int, int]] = []
-    for each in table.tables("ranges"):
+    iommu = Iommu(
+        Window(0, 0, page),
+        0,
+        page_sizes,
+        levels=0,
+        windows=0,
+        dynamic_windows=False,
+        ranges=ranges(table.tables("ranges"), page),
+        remaps_interrupts=table.boolean("remaps_interrupts") if table.has("remaps_interrupts") else True,
+    )
+    table.end()
+    return iommu
+
+
+def ranges(tables: Iterable[Table], page: int) -> tuple[tuple[int, int], ...]:
+    """First and last IOVA of ranges of whole pages, ascending."""
+    found: list[tuple[int, int]] = []
+    for each in tables:
         start, end = each.integer("start"), each.integer("end")
-        if start % page or (end + 1) % page or not (ranges[-1][1] if ranges else -1) < start < end:
+        if start % page or (end + 1) % page or not (found[-1][1] if found else -1) < start < end:
             raise each.error("start", f"{start:#x}..{end:#x}: ranges are whole pages of {page} bytes, and ascend")
         each.end()
-        ranges.append((start, end))
-    table.end()
-    return Iommu(Window(0, 0, page), 0, page_sizes, levels=0, windows=0, dynamic_windows=False, ranges=tuple(ranges))
+        found.append((start, end))
+    return tuple(found)
 
 
 def pamu(table: Table) -> Iommu:

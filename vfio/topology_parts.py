@@ -44,6 +44,7 @@ class Iommu:
     windows: int  # most windows of a PE, the default one included
     dynamic_windows: bool = True  # whether windows can be created and removed (DDW); without, there is no v2 (IODA1)
     ranges: tuple[tuple[int, int], ...] = ()  # Type1: first and last IOVA of what can be mapped, ascending
+    remaps_interrupts: bool = True  # a PC: whether devices are kept from sending each other's interrupts
     pamu: Pamu | None = None  # of a Freescale P4080, which has nothing else of this but `page_sizes`
 
 
@@ -145,6 +146,7 @@ class Device:
     revision: int | None = None  # of these three, None is what the model has
     secondary_bus: int | None = None  # a bridge: number of the bus below it
     window: Window | None = None  # the default window of its PE, where that is not the machine's
+    reserved: tuple[tuple[int, int], ...] = ()  # a PC: first and last IOVA of what firmware uses the device for (RMRR)
     driver: str | None = None  # of the host's, that has it after boot
     driver_override: str | None = None  # that was written before
     overridable: bool = True  # whether there is a driver_override file (kernels before 3.16 have none)

@@ -33,6 +33,11 @@ class IommuGroup:
         self.dma_owner: object | None = None
         """Who claimed the DMA of the whole group: a VFIO group, while it is in a container."""
 
+    @property
+    def reserved(self) -> list[tuple[int, int]]:
+        """First and last IOVA of what firmware uses its devices for, on a PC."""
+        return [each for pci in self.devices for each in pci.machine.topology.device(pci.address).reserved]
+
     def blockers(self) -> list[PciDevice]:
         """The devices whose drivers do DMA through the kernel: with one of them the group is not viable."""
         return [device for device in self.devices if device.machine.driver_core.on_host_driver(device.address)]

@@ -259,13 +259,13 @@ def _group(machine: Machine, group: IommuGroup) -> Directory:
 
 def _reserved(machine: Machine, group: IommuGroup) -> str:
     """On a PC the addresses between the ranges of IOVA, at which interrupts are signalled; with an ISA bridge also the
-    first 16 MiB, to which its DMA would go straight."""
+    first 16 MiB, to which its DMA would go straight; and what firmware uses devices for."""
     ranges = machine.topology.iommu.ranges
-    gaps = [(before[1] + 1, after[0] - 1) for before, after in itertools.pairwise(ranges)]
-    lines = [f"{start:#018x} {end:#018x} msi\n" for start, end in gaps]
-    if gaps and any(pci.device_class >> 8 == _ISA_BRIDGE for pci in group.devices):
-        lines.insert(0, f"{0:#018x} {0xFFFFFF:#018x} direct-relaxable\n")
-    return "".join(lines)
+    found = [(before[1] + 1, after[0] - 1, "msi") for before, after in itertools.pairwise(ranges)]
+    if found and any(pci.device_class >> 8 == _ISA_BRIDGE for pci in group.devices):
+        found.append((0, 0xFFFFFF, "direct-relaxable"))
+    found += [(start, end, "direct") for start, end in group.reserved]
+    return "".join(f"{start:#018x} {end:#018x} {kind}\n" for start, end, kind in sorted(found))
 
 
 def _classes(machine: Machine) -> Directory:

@@ -101,6 +101,10 @@ class Type1:
             raise fail(errno.EBUSY)
         if self.nesting:  # which no hardware of the model has
             raise fail(errno.EINVAL)
+        if any(self.mappings.touching(start, end + 1 - start) for start, end in group.reserved):
+            raise fail(errno.EINVAL)
+        if not self.machine.topology.iommu.remaps_interrupts:  # allow_unsafe_interrupts is not on
+            raise fail(errno.EPERM)
         cast(Type1Group, group.table_group).domain = self
         self.groups.insert(0, group)
 
@@ -108,6 +112,19 @@ class Type1:
         """The group reaches nothing any more; what is mapped stays for the others."""
         cast(Type1Group, group.table_group).domain = None
         self.groups.remove(group)
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """First and last IOVA of what can be mapped: nothing that is reserved for a group."""
+        found = list(self.machine.topology.iommu.ranges)
+        for start, end in (each for group in self.groups for each in group.reserved):
+            found = [
+                piece
+                for first, last in found
+                for piece in ((first, min(last, start - 1)), (max(first, end + 1), last))
+                if piece[0] <= piece[1]
+            ]
+        return found
 
     # --- requests ---
 
@@ -138,7 +155,7 @@ class Type1:
 
     def _capabilities(self) -> bytes:
         """Migration, mappings left, ranges; each says where in the struct the next one is."""
-        ranges = self.machine.topology.iommu.ranges
+        ranges = self.ranges
         iova = uapi.vfio_iommu_type1_info_cap_iova_range.sized(
             uapi.sizeof(uapi.vfio_iommu_type1_info_cap_iova_range) + 16 * len(ranges), nr_iovas=len(ranges)
         )
@@ -181,7 +198,7 @@ class Type1:
             raise fail(errno.EEXIST)
         if not self.available:
             raise fail(errno.ENOSPC)
-        if not any(start <= iova and iova + size - 1 <= end for start, end in self.machine.topology.iommu.ranges):
+        if not any(start <= iova and iova + size - 1 <= end for start, end in self.ranges):
             raise fail(errno.EINVAL)
         self._pin(process, vaddr, size, access)
         self.mappings.add(Mapping(process, iova, size, vaddr, access))
