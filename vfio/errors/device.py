@@ -38,7 +38,8 @@ class NoGroup(VfioError):
             E.ENODEV,
             f"{address} cannot be assigned",
             "it is in no IOMMU group",
-            "bridges and root ports have none; elsewhere the IOMMU must be on (x86: intel_iommu=on or amd_iommu=on)",
+            "bridges and root ports have none; elsewhere the IOMMU must be on (x86: intel_iommu=on or amd_iommu=on), or the "
+            "device is given away unprotected, by hand: vfio.iommu.noiommu tells how",
         )
 
 

@@ -2,7 +2,13 @@
 
 Nothing keeps such a device from the host's memory.  The kernel has this mode for drivers in user space that are trusted as
 the kernel is: root turns it on (module parameter enable_unsafe_noiommu_mode of vfio), CAP_SYS_RAWIO is needed to use it, and
-the kernel is tainted by it.  Source: drivers/vfio/container.c.
+the kernel is tainted by it.  `vfio bind` does not do it for anybody; by hand it is
+
+    echo Y > /sys/module/vfio/parameters/enable_unsafe_noiommu_mode
+    echo vfio-pci > /sys/bus/pci/devices/ADDRESS/driver_override
+    echo ADDRESS > /sys/bus/pci/drivers_probe
+
+and from then on `open_device` opens it, with a warning.  Source: drivers/vfio/container.c, group.c.
 """
 
 from __future__ import annotations
