@@ -555,7 +555,7 @@ def test_selftest_reads_the_disk_through_every_window_and_changes_nothing(backen
 @pytest.mark.parametrize("write", [False, True])
 def test_bench_keeps_its_depth_and_counts(device, window, write):
     with Nvme(device, window=window, depth=8) as disk:
-        found = nvme_bench.run(disk, 0.2, block=2048, pattern="sequential", write=write)
+        found = nvme_bench.run(disk, 0.5, block=2048, pattern="sequential", write=write)
         assert found.commands == len(found.latencies) > 8
         assert found.bytes == found.commands * 2048
         assert found.latencies == sorted(found.latencies)
