@@ -64,7 +64,7 @@ def test_a_machine_that_there_is_not_is_a_usage_error(url):
     result = vfio("list", "--backend", url)
     assert result.exit_code == 2
     assert result.stdout == ""
-    assert "fake:MACHINE?OPTIONS, where MACHINE is one of document, example, p4080, power10" in result.stderr
+    assert "fake:MACHINE?OPTIONS, where MACHINE is one of document, example, noiommu, p4080, power10" in result.stderr
     assert "Traceback" not in result.stderr
 
 

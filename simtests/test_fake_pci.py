@@ -477,8 +477,9 @@ def test_device_on_a_root_bus_has_no_hot_reset() -> None:
 def group_of(host: Host, address: str) -> int:
     pci = host.machine.device(address)
     assert pci.group
-    held = type("Held", (), {"number": pci.group.number, "iommu_group": pci.group, "closed": lambda self: None})()
-    return host.process.install(GroupFile(held))
+    number = pci.group.number
+    parts = {"number": number, "node": str(number), "iommu_group": pci.group, "closed": lambda self: None}
+    return host.process.install(GroupFile(type("Held", (), parts)()))
 
 
 def test_hot_reset_wants_the_groups_of_all_functions_and_vfio_drivers(host: Host) -> None:

@@ -21,6 +21,9 @@ from hwtests.lab.targets import Target, target
 _TAIL = 4000  # characters of the guest's output to show when it failed
 _BOOTS = 4  # of one target: a test that kills the machine costs one
 
+_COLLECTING = 420.0
+"""Seconds more that the guest's pytest may take to begin with its first test: it compiles all of them, emulated."""
+
 
 class LabPlugin:
     """Runs the items of each target in a machine of that target."""
@@ -117,7 +120,7 @@ class _TargetRun:
                     self.booted = booted
                     booted.wait_ready()
                     progress.report("")
-                    outcome = booted.run(sink, self.timeout)
+                    outcome = booted.run(sink, self.timeout + _COLLECTING)
         except LabError as error:
             return str(error)
         log = f"\n\nkernel log:\n{outcome.kernel_log}" if outcome.kernel_log else ""

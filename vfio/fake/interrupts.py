@@ -285,7 +285,8 @@ class Interrupts:
         pci = self._pci
         if pci.power_state != 0:
             raise fail(errno.EINVAL)
-        if pci.group and pci.machine.vfio.groups[pci.group.number].noiommu and pci.machine.topology.iommu.ranges:
+        group = pci.group and pci.machine.vfio.groups.get(pci.group.number)
+        if group and group.noiommu and pci.machine.topology.iommu.ranges:
             raise fail(_ENOTSUPP)  # the host's IOMMU remaps all messages, and does not know this function
         if index == MSI:
             self.msi_queue_max = (vectors - 1).bit_length()
