@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from vfio_cli.main import cli
 
 import vfio
-from vfio import topology
+from vfio import selftest, topology
 from vfio.drivers.edu import Edu
 from vfio.fake.backend import FakeBackend
 
@@ -99,6 +99,12 @@ def test_v1_by_choice_on_power8_points_to_v2() -> None:
         with pytest.raises(vfio.VfioError, match=r"v1 has the one window of POWER8 \(PowerNV\)") as caught:
             device.iommu.create_window(1 << 30)
         assert (caught.value.errno, caught.value.remedy) == (errno.ENOTTY, "use v2")
+
+
+def test_the_selftest_says_in_one_line_why_it_is_v1(backend: FakeBackend) -> None:
+    first = next(selftest.steps(ADDRESS, backend))
+    assert first.detail.startswith("group 0, sPAPR TCE v1, as nothing better works: ")
+    assert first.detail.endswith("POWER7 (PowerNV, IODA1) has no Dynamic DMA Windows [EINVAL]")
 
 
 def test_a_device_does_dma_in_the_one_window(backend: FakeBackend) -> None:

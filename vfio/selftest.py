@@ -55,7 +55,8 @@ def steps(address: str, backend: Backend) -> Iterator[Step]:
         model = device.iommu.name
         found = f"group {device.group.number}, {model}"
         if device.iommu.passed_over:
-            found += f", as nothing better works: {device.iommu.passed_over[0]}"
+            why = device.iommu.passed_over[0].splitlines()[0]  # without what would mend it: it is mended
+            found += f", as nothing better works: {why}"
         yield Step("open", "ok", found, time.monotonic() - begin)
         yield from _Selftest(device).run()
     yield _step("nothing left", lambda: _nothing_left(backend, locked))

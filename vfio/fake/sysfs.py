@@ -249,9 +249,7 @@ def _group(machine: Machine, group: IommuGroup) -> Directory:
                 {pci.address: Link(f"../../../..{pci_sysfs.path(pci).removeprefix('/sys')}") for pci in group.devices}
             ),
             **({"name": text(group.name)} if group.name else {}),
-            "reserved_regions": Attribute(
-                lambda: _reserved(machine, group) if chosen or not machine.topology.iommu.ranges else ""
-            ),
+            "reserved_regions": Attribute(lambda: _reserved(machine, group) if chosen else ""),
             "type": Attribute(lambda: f"{group.domain_type}\n" if chosen else "unknown\n", set_type),
         }
     )
